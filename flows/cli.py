@@ -1,0 +1,208 @@
+"""The command line ``channel-merge``. It imports no Prefect, and heavy packages only where a command needs them.
+
+Exit codes: 0 done; 1 the answer is no (verify found a mismatch); 2 the input is wrong; 3 the run failed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from storage.errors import ChannelMergingError
+
+app = typer.Typer(
+    help="Keep N fine-tuned experts at the memory of K (Channel Merging, arXiv 2412.15283).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, a YAML file.")]
+ArtifactPlace = Annotated[
+    str, typer.Argument(metavar="ARTIFACT", help="A version's folder, an output folder (its latest), or OUTPUT@VERSION.")
+]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: merge.groups=3.")]
+Output = Annotated[str | None, typer.Option(help="Where to publish instead of the recipe's output.")]
+Deltas = Annotated[str | None, typer.Option(help="The delta store instead of the recipe's.")]
+Cluster = Annotated[str | None, typer.Option(help="local, none (in this process) or tcp://scheduler:8786.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _print_table(title: str, headings: list[str], rows: list[list[str]]) -> None:
+    table = Table(*headings, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    # a piped table is as wide as it needs to be: a script or a log must not get wrapped cells
+    console = Console()
+    console.print(table) if console.is_terminal else Console(width=200).print(table)
+
+
+@app.command()
+def plan(recipe: RecipePath, set_: Settings = None, as_json: AsJson = False) -> None:
+    """Say what every tensor becomes, from configs and safetensors headers alone."""
+    from flows.run import read_recipe
+    from pipeline.job import plan_recipe
+
+    found, _, _ = plan_recipe(read_recipe(recipe, set_ or ()))
+    rows = [
+        [tensor.name, tensor.policy, str(tensor.groups or "-"), tensor.dtype, "x".join(map(str, tensor.shape))]
+        for tensor in found.tensors.values()
+    ]
+    if as_json:
+        keys = ("tensor", "policy", "groups", "dtype", "shape")
+        tensors = [
+            dict(zip(keys, [t.name, t.policy, t.groups, t.dtype, list(t.shape)], strict=True)) for t in found.tensors.values()
+        ]
+        _print_json({"experts": list(found.experts), "tensors": tensors, "notes": list(found.notes)})
+        return
+    _print_table(f"experts: {', '.join(found.experts)}", ["tensor", "policy", "groups", "dtype", "shape"], rows)
+    for note in found.notes:
+        typer.echo(f"note: {note}")
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    set_: Settings = None,
+    output: Output = None,
+    deltas: Deltas = None,
+    cluster: Cluster = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe: ingest, cluster, merge, pack, train the router, publish."""
+    from flows.progress import open_reporter
+    from flows.run import read_recipe, run_recipe
+
+    resolved = read_recipe(recipe, set_ or (), output, deltas, cluster)
+    with open_reporter() as reporter:
+        result = run_recipe(resolved, reporter)
+    manifest = result.manifest
+    if as_json:
+        _print_json(
+            {
+                "version": result.version, "path": str(result.path), "new": result.new,
+                "parameters": manifest.parameters.model_dump(), "seconds": manifest.seconds,
+            }
+        )  # fmt: skip
+        return
+    if not result.new:
+        typer.echo(f"nothing changed: version {result.version} is already at {result.path}")
+        return
+    typer.echo(f"published version {result.version} at {result.path}")
+    typer.echo(_size_line(manifest))
+
+
+def _size_line(manifest: Any) -> str:
+    numbers = manifest.parameters
+    count = len(manifest.experts)
+    return (
+        f"{numbers.pool:,} parameters stored for {count} experts of {numbers.experts:,} together ({100 * numbers.ratio:.1f} %)"
+    )
+
+
+@app.command()
+def inspect(artifact: ArtifactPlace, as_json: AsJson = False) -> None:
+    """Say what an artifact holds."""
+    from storage.artifact import Artifact
+
+    found = Artifact(artifact)
+    manifest = found.manifest
+    if as_json:
+        _print_json(manifest.model_dump(mode="json"))
+        return
+    typer.echo(f"{manifest.name} version {manifest.version}, created {manifest.created}")
+    typer.echo(_size_line(manifest))
+    merge = {key: value for key, value in manifest.recipe["merge"].items() if value not in (None, [])}
+    typer.echo("merging: " + ", ".join(f"{key} {value}" for key, value in merge.items()))
+    if manifest.router:
+        router = manifest.router
+        typer.echo(f"router: {router['kind']}, {100 * router['accuracy']:.2f} % right on {router['queries']} held-out queries")
+    rows = [
+        [name, f"{e.parameters:,}", "-" if e.reconstruction_error is None else f"{e.reconstruction_error:.4f}", e.source]
+        for name, e in manifest.experts.items()
+    ]
+    _print_table("experts", ["expert", "parameters", "reconstruction error", "source"], rows)
+    kinds: dict[tuple[str, int], list[int]] = {}
+    for record in manifest.tensors.values():
+        entry = kinds.setdefault((record.policy, record.groups), [0, 0])
+        entry[0] += 1
+        entry[1] += record.rows
+    rows = [[policy, str(k or "-"), str(n), f"{r:,}"] for (policy, k), (n, r) in sorted(kinds.items())]
+    _print_table("tensors", ["policy", "groups", "tensors", "pool rows"], rows)
+
+
+@app.command()
+def verify(artifact: ArtifactPlace) -> None:
+    """Compare every byte of an artifact with its manifest."""
+    from storage.artifact import Artifact
+
+    found = Artifact(artifact)
+    problems = found.verify()
+    if problems:
+        for problem in problems:
+            typer.echo(f"mismatch: {problem}", err=True)
+        raise typer.Exit(1)
+    size = sum(record.bytes for record in found.manifest.files.values())
+    typer.echo(f"ok: {len(found.manifest.files)} files, {size:,} bytes, version {found.manifest.version}")
+
+
+@app.command()
+def export(artifact: ArtifactPlace, expert: str, dest: Path) -> None:
+    """Write one expert as a plain Hugging Face checkpoint."""
+    from serving.lookup import export as write
+    from storage.artifact import Artifact
+
+    found = Artifact(artifact)
+    files = write(found, expert, dest)
+    typer.echo(f"exported {expert} to {dest}: {', '.join(path.name for path in files)}")
+
+
+@app.command()
+def route(artifact: ArtifactPlace, query: str, as_json: AsJson = False) -> None:
+    """Say which expert should answer a query."""
+    from serving.router import artifact_router
+    from storage.artifact import Artifact
+
+    shares = artifact_router(Artifact(artifact)).route(query)
+    best = max(shares, key=lambda name: shares[name])
+    if as_json:
+        _print_json({"expert": best, "probabilities": shares})
+        return
+    typer.echo(best)
+    for name, share in sorted(shares.items(), key=lambda item: -item[1]):
+        typer.echo(f"  {name} {share:.4f}", err=True)
+
+
+@app.command()
+def demo(dest: Annotated[Path, typer.Argument(help="Where to write.")] = Path("demo-output")) -> None:
+    """Run the main job on the family in examples/ and measure what it keeps."""
+    from flows.demo import run_demo
+
+    run_demo(dest)
+
+
+def main() -> None:
+    """Entry point: errors meant for users are one message, without a traceback."""
+    try:
+        app()
+    except ChannelMergingError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    main()

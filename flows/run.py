@@ -1,0 +1,191 @@
+"""One run, stage by stage. The command line calls the stages in turn; the Prefect flow wraps each as a task."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from pipeline.engine import Engine, Reporter, open_engine
+from pipeline.job import Job
+from pipeline.recipe import Recipe, load_recipe
+from storage.artifact import WORK, find_by_inputs, make_latest
+from storage.errors import RecipeError, StoreBusyError
+from storage.manifest import Manifest
+
+
+@dataclass
+class Run:
+    """A job under way and what its stages have found so far: ids and small receipts, never tensors."""
+
+    job: Job
+    pool_rows: Mapping[str, int] = field(default_factory=dict)
+    pool: Any = None
+    merged: Sequence[Any] = ()
+    packed: Any = None
+    router: dict[str, Any] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    moved: dict[str, int] = field(default_factory=dict)
+    manifest: Manifest | None = None
+    new: bool = False
+
+    def count(self, stage: str, read: int, written: int) -> None:
+        """Record the bytes a stage moved."""
+        self.moved |= {f"{stage} read": read, f"{stage} written": written}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to."""
+
+    version: str
+    path: Path
+    new: bool
+    """False when the version, or one of the same inputs, was there already."""
+    manifest: Manifest
+
+
+def ingest(run: Run, engine: Engine) -> None:
+    """Bring every expert's deltas into the store."""
+    from pipeline.stages import ingest as stage
+
+    result = stage.ingest(run.job, engine)
+    run.count("ingest", result.bytes_read, result.bytes_written)
+
+
+def similarity(run: Run, engine: Engine) -> None:
+    """Bring the Gram table into the store."""
+    from pipeline.stages import similarity as stage
+
+    result = stage.similarity(run.job, engine)
+    run.count("similarity", result.bytes_read, result.bytes_written)
+
+
+def cluster(run: Run, engine: Engine) -> None:
+    """Group the experts of every channel."""
+    from pipeline.stages import cluster as stage
+
+    run.pool_rows = stage.cluster(run.job, engine)
+
+
+def merge(run: Run, engine: Engine) -> None:
+    """Fill the row pool."""
+    from pipeline.stages import merge as stage
+
+    run.pool = stage.lay_out(run.job, run.pool_rows)
+    run.merged = stage.merge(run.job, engine, run.pool)
+    run.count("merge", sum(r.bytes_read for r in run.merged), sum(r.bytes_written for r in run.merged))
+
+
+def pack(run: Run, engine: Engine) -> None:
+    """Digests, row indices and side files."""
+    from pipeline.stages import pack as stage
+
+    run.packed = stage.pack(run.job, engine, run.pool)
+    run.count("pack", run.packed.bytes_read, 0)
+
+
+def router(run: Run, engine: Engine) -> None:
+    """Train the router inside the staged artifact."""
+    section = run.job.recipe.router
+    if section.kind == "none":
+        return
+    from router_training.linear import train_router
+
+    engine.reporter.start("router", 1)
+    sources = {name: Path(place) for name, place in section.queries.items()}
+    run.router = train_router(sources, dict(run.job.queries), run.job.recipe.merge.seed, run.job.staged / "router")
+    engine.reporter.advance("router", "linear")
+
+
+def publish(run: Run, engine: Engine) -> None:
+    """Make the staged folder a version, and the latest."""
+    from pipeline.stages import publish as stage
+
+    run.manifest, run.new = stage.publish(run.job, run.packed, run.merged, run.router, run.seconds, run.moved)
+
+
+STAGES: tuple[Callable[[Run, Engine], None], ...] = (ingest, similarity, cluster, merge, pack, router, publish)
+
+
+def execute(stage: Callable[[Run, Engine], None], run: Run, engine: Engine) -> None:
+    """Run one stage and record how long it took."""
+    started = time.monotonic()
+    stage(run, engine)
+    run.seconds[stage.__name__] = round(time.monotonic() - started, 3)
+
+
+def read_recipe(
+    path: Path,
+    assignments: Sequence[str] = (),
+    output: str | None = None,
+    deltas: str | None = None,
+    cluster_at: str | None = None,
+) -> Recipe:
+    """The recipe with the command line's overrides; their relative paths count from the current folder."""
+    overrides = list(assignments)
+    for key, place in (("output", output), ("deltas", deltas)):
+        if place is not None:
+            overrides.append(f"{key}={place if '://' in place else Path(place).absolute()}")
+    if cluster_at is not None:
+        known = cluster_at in ("local", "none")
+        if not known and "://" not in cluster_at:
+            raise RecipeError(f"--cluster: expected local, none or tcp://host:port, got {cluster_at!r}")
+        overrides += [f"cluster.kind={cluster_at if known else 'null'}", f"cluster.address={'null' if known else cluster_at}"]
+    return load_recipe(path, overrides)
+
+
+def unchanged(job: Job) -> Outcome | None:
+    """The version already made from the same inputs, now the latest again; None when there is work to do."""
+    manifest = find_by_inputs(job.output, job.inputs) if job.output.exists() else None
+    if manifest is None:
+        return None
+    make_latest(job.output, manifest.version)
+    return Outcome(manifest.version, job.output / manifest.version, False, manifest)
+
+
+@contextmanager
+def workplace(job: Job) -> Iterator[None]:
+    """The job's folder for unfinished work, empty, and this run's alone; gone afterwards."""
+    (job.output / WORK).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(job.output / WORK / f"{job.work.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise StoreBusyError(f"another run of the same inputs is writing {job.work}. Wait for it to end.") from None
+    try:
+        shutil.rmtree(job.work, ignore_errors=True)
+        job.work.mkdir()
+        yield
+    finally:
+        shutil.rmtree(job.work, ignore_errors=True)
+        lock.release()
+
+
+def outcome(run: Run) -> Outcome:
+    """What a run came to, once all stages are done."""
+    if run.manifest is None:
+        raise AssertionError("the run has not been published")
+    return Outcome(run.manifest.version, run.job.output / run.manifest.version, run.new, run.manifest)
+
+
+def run_recipe(recipe: Recipe, reporter: Reporter) -> Outcome:
+    """Resolve a recipe and run every stage; do nothing when the same inputs have been published."""
+    from pipeline.job import resolve
+
+    reporter.start("resolve", 1)
+    job = resolve(recipe)
+    reporter.advance("resolve", f"{len(job.plan.tensors)} tensors")
+    if found := unchanged(job):
+        return found
+    run = Run(job)
+    with workplace(job), open_engine(recipe.cluster, reporter) as engine:
+        for stage in STAGES:
+            execute(stage, run, engine)
+    return outcome(run)

@@ -1,0 +1,1 @@
+"""Recipe, plan, kernels and stages: how experts become an artifact."""

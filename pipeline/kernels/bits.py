@@ -1,0 +1,41 @@
+"""Raw bits of a checkpoint's data types to numbers and back. Device-agnostic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_SIGNED = {2: "<i2", 4: "<i4"}
+
+
+def to_float(bits: NDArray[Any], dtype: str, device: str = "cpu") -> torch.Tensor:
+    """float32 values of raw bits. ``dtype`` is a safetensors name: BF16, F16 or F32."""
+    # from_numpy shares memory; a read-only array is only read here, but torch warns of it
+    signed = bits.view(_SIGNED[bits.dtype.itemsize])
+    if not signed.flags.writeable:
+        signed = signed.copy()
+    return torch.from_numpy(signed).to(device).view(TORCH[dtype]).to(torch.float32)
+
+
+def from_float(values: torch.Tensor, dtype: str) -> NDArray[Any]:
+    """Raw bits of float32 values, rounded once to nearest even."""
+    rounded = values.to(TORCH[dtype]).contiguous()
+    size = rounded.element_size()
+    signed = rounded.view(torch.int16 if size == 2 else torch.int32).cpu().numpy()
+    result: NDArray[Any] = signed.view(f"<u{size}")
+    return result
+
+
+def cast(bits: NDArray[Any], source: str, target: str) -> NDArray[Any]:
+    """Raw bits in another data type; the same array when the types are equal."""
+    return bits if source == target else from_float(to_float(bits, source), target)
+
+
+def count_non_finite(bits: NDArray[Any], dtype: str) -> int:
+    """Infinities and NaNs: entries whose exponent bits are all ones."""
+    exponent = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}.get(dtype)
+    return 0 if exponent is None else int(np.count_nonzero((bits & bits.dtype.type(exponent)) == exponent))

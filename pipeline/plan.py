@@ -1,0 +1,255 @@
+"""The plan: what every tensor of every checkpoint becomes, and in which blocks the work is done. Pure.
+
+It needs headers and the recipe only, so that everything that cannot work is refused before a byte of weight is read.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from pipeline import memory
+from pipeline.recipe import Recipe, rule_for
+from pipeline.roles import TRANSPOSED_MODELS, default_policy, is_vocabulary, layer_of, natural_order, tie_partner
+from storage.checkpoint import Checkpoint, TensorInfo
+from storage.errors import PlanError
+from storage.layout import DTYPES, chunk_rows
+
+CONFIG_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What one tensor becomes."""
+
+    name: str
+    policy: str
+    """merge, private or base."""
+    groups: int
+    """K; 0 unless the policy is merge."""
+    base: TensorInfo | None
+    """The base's rows; of a tied head or embedding, the partner's. None when only experts have the tensor."""
+    experts: Mapping[str, TensorInfo]
+    """The experts that have it, in order of name."""
+
+    @property
+    def reference(self) -> TensorInfo:
+        return self.base or next(iter(self.experts.values()))
+
+    @property
+    def dtype(self) -> str:
+        """The pool's data type: the base's."""
+        return self.reference.dtype
+
+    @property
+    def width(self) -> int:
+        return self.reference.width
+
+    @property
+    def base_rows(self) -> int:
+        return self.base.rows if self.base else 0
+
+    @property
+    def rows(self) -> int:
+        """Channels, over all experts."""
+        return max(info.rows for info in self.experts.values())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.reference.shape
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of a chunk, which depend on the width alone once there are enough rows."""
+        return chunk_rows(self.rows, self.width)
+
+
+class Tall(Protocol):
+    """What can be cut into blocks: a tensor plan, or one expert's tensor."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def chunk_rows(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows [start, stop) of a tensor."""
+
+    tensor: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """The unit of work of a task: pieces of one layer, each of whole chunks."""
+
+    label: str
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything the stages need to know; small, and it pickles."""
+
+    experts: tuple[str, ...]
+    """Sorted names."""
+    tensors: Mapping[str, TensorPlan]
+    """In natural order of name."""
+    memory: int
+    """Bytes one task may use."""
+    notes: tuple[str, ...]
+    """What a user should know: casts, larger vocabularies."""
+
+    @property
+    def merged(self) -> list[TensorPlan]:
+        return [tensor for tensor in self.tensors.values() if tensor.policy == "merge"]
+
+    def blocks(self, tensors: Iterable[Tall]) -> list[Block]:
+        """Blocks over these tensors, sized so that a worker has several and the memory budget holds."""
+        return plan_blocks(tensors, memory.block_elements(self.memory, len(self.experts)))
+
+
+def plan_blocks(tensors: Iterable[Tall], max_elements: int) -> list[Block]:
+    """Cut tensors into pieces of whole chunks and gather small ones of one layer. Every row is in exactly one piece."""
+    blocks: list[Block] = []
+    for layer, members in itertools.groupby(tensors, key=lambda tensor: layer_of(tensor.name)):
+        pieces: list[Piece] = []
+        size = 0
+        for tensor in members:
+            step = max(max_elements // (tensor.chunk_rows * tensor.width), 1) * tensor.chunk_rows
+            for start in range(0, tensor.rows, step):
+                piece = Piece(tensor.name, start, min(start + step, tensor.rows))
+                elements = (piece.stop - piece.start) * tensor.width
+                if pieces and size + elements > max_elements:
+                    blocks.append(_block(layer, pieces))
+                    pieces, size = [], 0
+                pieces.append(piece)
+                size += elements
+        blocks.append(_block(layer, pieces))
+    return blocks
+
+
+def _block(layer: str, pieces: Sequence[Piece]) -> Block:
+    names = {piece.tensor for piece in pieces}
+    label = names.pop() if len(names) == 1 else layer
+    return Block(label, tuple(pieces))
+
+
+def _config_problems(base: Checkpoint, expert: Checkpoint) -> list[str]:
+    problems = []
+    for key in CONFIG_KEYS:
+        expected, got = base.config.get(key), expert.config.get(key)
+        if expected != got:
+            problems.append(f"{expert.label}: config.json: {key}: expected {expected!r} as in the base, got {got!r}")
+    return problems
+
+
+def _tensor_problems(tensor: TensorPlan, base: Checkpoint, experts: Mapping[str, Checkpoint]) -> list[str]:
+    """What is wrong with one tensor across base and experts."""
+    problems = []
+    name = tensor.name
+    for expert, checkpoint in experts.items():
+        info = tensor.experts.get(expert)
+        if info is None:
+            if tensor.base and name in base.tensors and not (checkpoint.tied and tie_partner(name, checkpoint.tensors)):
+                problems.append(f"{checkpoint.label}: tensor {name} is missing: expected shape {list(tensor.shape)}")
+            elif tensor.policy == "merge":
+                problems.append(f"{checkpoint.label}: tensor {name} is missing and cannot be merged; make it private by a rule")
+            continue
+        larger = is_vocabulary(name) and info.shape[1:] == tensor.shape[1:] and info.rows > tensor.base_rows
+        if info.shape != tensor.shape and not (larger and tensor.policy != "base"):
+            problems.append(
+                f"{checkpoint.label}: tensor {name}: expected shape {list(tensor.shape)}, got {list(info.shape)}; "
+                "is it an expert of this base?"
+            )
+    return problems
+
+
+def _storage_problems(tensor: TensorPlan, experts: Mapping[str, Checkpoint]) -> list[str]:
+    """Data types and shapes that cannot be stored at all."""
+    problems = []
+    held = [(experts[name].label, info) for name, info in tensor.experts.items()]
+    for label, info in [("base", tensor.base), *held]:
+        if info is not None and info.dtype not in DTYPES:
+            known = ", ".join(DTYPES)
+            problems.append(f"{label}: tensor {tensor.name}: data type {info.dtype} cannot be read; expected one of {known}")
+        elif info is not None and 0 in info.shape:
+            problems.append(f"{label}: tensor {tensor.name}: shape {list(info.shape)} is empty")
+    return problems
+
+
+def _policy_problems(tensor: TensorPlan) -> list[str]:
+    """What its policy asks for and the tensor cannot give."""
+    name = tensor.name
+    if tensor.policy in ("merge", "base") and tensor.base is None:
+        return [f"tensor {name}: the base does not have it, so its policy cannot be {tensor.policy}; make it private"]
+    if tensor.policy != "merge":
+        return []
+    problems = []
+    if len(tensor.shape) > 2:
+        problems.append(f"tensor {name}: {len(tensor.shape)} dimensions cannot be merged; make it private by a rule")
+    kinds = {info.dtype for info in tensor.experts.values()} | {tensor.dtype}
+    kept = sorted(kind for kind in kinds if kind in DTYPES and not DTYPES[kind].mergeable)
+    if kept:
+        problems.append(f"tensor {name}: data type {', '.join(kept)} cannot be merged; make it private by a rule")
+    return problems
+
+
+def _notes(tensor: TensorPlan) -> list[str]:
+    notes = []
+    for expert, info in tensor.experts.items():
+        if info.dtype != tensor.dtype:
+            notes.append(f"expert {expert}: {tensor.name} is cast once from {info.dtype} to the base's {tensor.dtype}")
+        if tensor.base and info.rows > tensor.base_rows:
+            extra = info.rows - tensor.base_rows
+            notes.append(
+                f"expert {expert}: {tensor.name} has {extra} rows beyond the base's {tensor.base_rows}; they stay private"
+            )
+    return notes
+
+
+def plan_tensor(name: str, recipe: Recipe, base: Checkpoint, experts: Mapping[str, Checkpoint]) -> TensorPlan:
+    """Policy, groups and sources of one tensor."""
+    holders = {n: checkpoint.tensors[name] for n, checkpoint in experts.items() if name in checkpoint.tensors}
+    own = base.tensors.get(name)
+    if own is None and base.tied and (partner := tie_partner(name, base.tensors)):
+        own = base.tensors[partner]
+    reference = own or next(iter(holders.values()))
+    rule = rule_for(recipe.merge, name)
+    policy = (rule.policy if rule else None) or default_policy(name, reference.shape)
+    groups = (rule.groups if rule else None) or recipe.merge.groups
+    return TensorPlan(name, policy, groups if policy == "merge" else 0, own, holders)
+
+
+def make_plan(recipe: Recipe, base: Checkpoint, experts: Mapping[str, Checkpoint]) -> MergePlan:
+    """The plan of a merge. PlanError lists everything that cannot work."""
+    experts = dict(sorted(experts.items()))
+    problems = [problem for checkpoint in experts.values() for problem in _config_problems(base, checkpoint)]
+    if base.config.get("model_type") in TRANSPOSED_MODELS:
+        problems.append(f"base: model type {base.config['model_type']} stores (in, out) weights, which are not supported yet")
+    names = {name for checkpoint in (base, *experts.values()) for name in checkpoint.tensors}
+    tensors, notes = {}, []
+    for name in sorted(names, key=natural_order):
+        if "/" in name or name.startswith("."):
+            problems.append(f"tensor {name!r}: such a name cannot be stored")
+            continue
+        tensor = plan_tensor(name, recipe, base, experts)
+        found = _storage_problems(tensor, experts) + _tensor_problems(tensor, base, experts) + _policy_problems(tensor)
+        problems += found
+        if tensor.experts and not found:
+            tensors[name] = tensor
+            notes += _notes(tensor)
+    if not problems:
+        problems += memory.problems(recipe.cluster.memory, len(experts), tensors.values())
+    if problems:
+        raise PlanError.listing("base and experts cannot be merged", problems)
+    return MergePlan(tuple(experts), tensors, recipe.cluster.memory, tuple(notes))

@@ -1,0 +1,255 @@
+"""The recipe: what a user writes, checked strictly, with every problem reported at once.
+
+YAML is parsed here only. Relative paths count from the recipe's own folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+
+from storage.errors import RecipeError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+SIZE = re.compile(r"([0-9.]+)\s*([KMGT]?i?B)?", re.IGNORECASE)
+UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
+    f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)
+}
+
+
+def parse_bytes(value: Any) -> int:
+    """Bytes from ``2GiB``, ``500 MB`` or a plain number."""
+    match = SIZE.fullmatch(str(value).strip())
+    try:
+        if match is None:
+            raise ValueError
+        return int(float(match[1]) * UNITS[(match[2] or "B").lower()])
+    except ValueError:
+        raise ValueError(f"expected a size such as 2GiB, got {value!r}") from None
+
+
+def _name(value: str) -> str:
+    if not NAME.fullmatch(value):
+        raise ValueError("a name is letters, digits, '.', '_' and '-', and starts with a letter or digit")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]
+
+
+def _scaling(value: Any) -> str | float:
+    if value == "mean":
+        return "mean"
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf"):
+        return float(value)
+    raise ValueError("expected 'mean' or a number above 0")
+
+
+def _expert(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ExpertSpec(_Section):
+    """One expert: its source, or a mapping with its weight in the merge."""
+
+    source: str
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+
+class Rule(_Section):
+    """Overrides for tensors whose name matches a glob; the first match wins, and only the keys it names are set."""
+
+    match: str
+    policy: Literal["merge", "private", "base"] | None = None
+    groups: int | None = Field(default=None, ge=1)
+
+
+class MergeSection(_Section):
+    """What is done to the deltas (paper, section 3.2)."""
+
+    groups: int = Field(default=2, ge=1)
+    """K, the number of groups per channel."""
+    granularity: Literal["channel"] = "channel"
+    clustering: Literal["kmeans"] = "kmeans"
+    metric: Literal["cosine"] = "cosine"
+    method: Literal["task_arithmetic", "dare"] = "dare"
+    scaling: Annotated[Literal["mean"] | float, PlainValidator(_scaling)] = "mean"
+    """``mean``: sum(w d) / sum(w) over the group; a number: lambda of Eq. 3, lambda * sum(w d)."""
+    density: float = Field(default=0.7, gt=0, le=1)
+    """Share of delta entries DARE keeps."""
+    singleton: Literal["keep", "scale"] = "keep"
+    """``keep``: an expert alone in its group keeps its exact row; ``scale``: it is pruned and scaled like any group."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    rules: tuple[Rule, ...] = Field(default=(), strict=False)
+
+
+class RouterSection(_Section):
+    """How the expert is picked per query."""
+
+    kind: Literal["linear", "none"] = "none"
+    queries: dict[str, str] = {}
+    """Expert -> JSONL file of lines {"text": …}."""
+
+
+class ClusterSection(_Section):
+    """Where blocks are computed. ``memory`` is the budget of one task."""
+
+    kind: Literal["local", "none"] | None = None
+    address: str | None = None
+    """A running scheduler, tcp://host:port; its workers see the same folders."""
+    workers: int | None = Field(default=None, ge=1)
+    """Worker processes of a local cluster; by default one per CPU core, at most eight."""
+    memory: Annotated[int, BeforeValidator(parse_bytes)] = Field(default=2 * 1024**3, ge=1)
+
+    @property
+    def where(self) -> str:
+        """'local', 'none' or a scheduler's address."""
+        return self.address or self.kind or "local"
+
+
+class Recipe(_Section):
+    """A whole recipe."""
+
+    name: Name
+    base: str
+    experts: dict[Name, Annotated[ExpertSpec, BeforeValidator(_expert)]] = Field(min_length=1, max_length=8)
+    merge: MergeSection = MergeSection()
+    router: RouterSection = RouterSection()
+    deltas: str = "./deltas"
+    output: str
+    cluster: ClusterSection = ClusterSection()
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """Sorted: everything is computed in this order."""
+        return tuple(sorted(self.experts))
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A loader that refuses a key given twice, of which YAML would keep the last."""
+
+
+def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = key_node.value
+        if key in seen:
+            raise RecipeError(f"the key {key!r} is given twice, again at line {key_node.start_mark.line + 1}. Keep one.")
+        seen.add(key)
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def _known_keys(location: Sequence[int | str]) -> list[str]:
+    """The keys allowed in the section that holds this location."""
+    sections: dict[str, type[BaseModel]] = {
+        "merge": MergeSection, "router": RouterSection, "cluster": ClusterSection, "experts": ExpertSpec,
+    }  # fmt: skip
+    if len(location) < 2:
+        return list(Recipe.model_fields)
+    return list((Rule if "rules" in location else sections[str(location[0])]).model_fields)
+
+
+def _problem(error: Any) -> str:
+    location = error["loc"]
+    where = ".".join(map(str, location)) or "recipe"
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(location)
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{where}: unknown key; {hint}"
+    got = "" if error["type"] == "missing" else f" (got {error['input']!r})"
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}{got}"
+
+
+def _apply(fields: dict[str, Any], assignment: str) -> None:
+    """Set one ``a.b.c=value``; the value is YAML."""
+    path, separator, value = assignment.partition("=")
+    if not separator or not path:
+        raise RecipeError(f"--set {assignment}: expected KEY=VALUE, for example merge.groups=3")
+    *parents, last = path.split(".")
+    target = fields
+    for part in parents:
+        target = target.setdefault(part, {})
+        if not isinstance(target, dict):
+            raise RecipeError(f"--set {assignment}: {part} is no section of the recipe")
+    target[last] = yaml.safe_load(value)
+
+
+def _at(folder: Path, place: str) -> str:
+    """A path of the recipe as an absolute one."""
+    return str((folder / Path(place.removeprefix("file://")).expanduser()).resolve())
+
+
+def _cross_check(recipe: Recipe) -> list[str]:
+    problems = []
+    names, count = recipe.experts, len(recipe.experts)
+    asked = [("merge.groups", recipe.merge.groups)]
+    asked += [(f"merge.rules.{i}.groups", rule.groups or 1) for i, rule in enumerate(recipe.merge.rules)]
+    for where, groups in asked:
+        if groups > count:
+            problems.append(f"{where}: expected at most {count}, the number of experts, got {groups}")
+    sources = [(f"experts.{name}", spec.source) for name, spec in sorted(names.items())]
+    for where, place in [("base", recipe.base), *sources, ("deltas", recipe.deltas), ("output", recipe.output)]:
+        if "://" in place and not place.startswith("file://"):
+            problems.append(f"{where}: only local directories can be used, got {place}; download it and give its folder")
+    if recipe.router.kind != "none":
+        if count < 2:
+            problems.append("router.kind: a router needs at least two experts to choose from; set it to none")
+        missing = sorted(names.keys() - recipe.router.queries.keys())
+        problems += [f"router.queries: no queries for expert {name!r}; add a file of its questions" for name in missing]
+    unknown, known = sorted(recipe.router.queries.keys() - names.keys()), ", ".join(sorted(names))
+    problems += [f"router.queries.{name}: there is no expert of that name; experts: {known}" for name in unknown]
+    folded: dict[str, str] = {}
+    for name in sorted(names):
+        if name.lower() in folded:
+            problems.append(f"experts.{name}: differs from {folded[name.lower()]!r} in case only; rename one")
+        folded[name.lower()] = name
+    if recipe.cluster.kind and recipe.cluster.address:
+        problems.append("cluster: expected kind or address, got both; keep one")
+    return problems
+
+
+def load_recipe(path: Path, assignments: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file, defaults filled, paths absolute. RecipeError lists every problem with its key."""
+    headline = f"recipe {path}"
+    try:
+        fields = yaml.load(path.read_text("utf-8"), _UniqueKeyLoader)  # noqa: S506 - a SafeLoader subclass
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{headline}: cannot be read: {error}") from None
+    if not isinstance(fields, dict):
+        raise RecipeError(f"{headline}: expected a mapping with name, base, experts and output")
+    for assignment in assignments:
+        _apply(fields, assignment)
+    try:
+        recipe = Recipe.model_validate(fields)
+    except ValidationError as error:
+        raise RecipeError.listing(headline, dict.fromkeys(_problem(found) for found in error.errors())) from None
+    folder = path.resolve().parent
+    problems = _cross_check(recipe)
+    if problems:
+        raise RecipeError.listing(headline, problems)
+    places = {key: _at(folder, getattr(recipe, key)) for key in ("base", "deltas", "output")}
+    experts = {n: e.model_copy(update={"source": _at(folder, e.source)}) for n, e in recipe.experts.items()}
+    queries = {name: _at(folder, place) for name, place in recipe.router.queries.items()}
+    router = recipe.router.model_copy(update={"queries": queries})
+    return recipe.model_copy(update={**places, "experts": experts, "router": router})
+
+
+def rule_for(merge: MergeSection, tensor: str) -> Rule | None:
+    """The first rule whose glob matches the tensor's name."""
+    return next((rule for rule in merge.rules if fnmatch.fnmatchcase(tensor, rule.match)), None)

@@ -1,0 +1,88 @@
+"""Cluster: from the Gram table and the row digests to the row table of every tensor. No delta is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.engine import Engine
+from pipeline.job import Job
+from pipeline.kernels.clustering import cluster_channels
+from pipeline.plan import TensorPlan
+from pipeline.roles import layer_of
+from pipeline.rows import RowTable, build_table, first_equal
+from pipeline.stages.similarity import table_order
+from storage.arrays import ArrayGroup
+from storage.deltas import digest_array, expert_group, gram_group
+
+
+@dataclass(frozen=True)
+class ClusterTask:
+    """Whole tensors of one layer."""
+
+    tensors: tuple[TensorPlan, ...]
+    experts: tuple[str, ...]
+    groups: tuple[Path, ...]
+    """Delta groups in order of the experts' names."""
+    table: Path
+    positions: tuple[int, ...]
+    """Where each expert, in order of name, stands in the Gram table."""
+    keep_singletons: bool
+    folder: Path
+    """Where row tables are written."""
+
+
+def table_path(folder: Path, tensor: str) -> Path:
+    """The file of a tensor's row table inside a job's work folder."""
+    return folder / f"{tensor}.npz"
+
+
+def _table(task: ClusterTask, tensor: TensorPlan) -> RowTable:
+    rows, count = tensor.rows, len(task.experts)
+    digests = [
+        ArrayGroup(group).read(digest_array(tensor.name), 0, tensor.experts[name].rows) if name in tensor.experts else None
+        for name, group in zip(task.experts, task.groups, strict=True)
+    ]
+    labels = np.broadcast_to(np.arange(count), (rows, count)).copy()
+    zero = np.zeros((rows, count), bool)
+    keep = np.ones(rows, bool)
+    if tensor.policy == "base":
+        labels[:], zero[:], keep[:] = 0, True, False
+    elif tensor.policy == "merge":
+        shared = tensor.base_rows
+        gram = ArrayGroup(task.table).read(tensor.name, 0, shared)[:, task.positions][:, :, task.positions]
+        labels[:shared] = cluster_channels(gram, tensor.groups)
+        zero[:shared] = np.diagonal(gram, axis1=1, axis2=2) == 0
+        keep[:shared] = task.keep_singletons or tensor.groups >= count
+    return build_table(labels, first_equal(digests, rows), zero=zero, keep=keep)
+
+
+def cluster_block(task: ClusterTask) -> dict[str, int]:
+    """Write the row tables of a block's tensors; the number of pool rows of each."""
+    counts = {}
+    for tensor in task.tensors:
+        table = _table(task, tensor)
+        table.save(table_path(task.folder, tensor.name))
+        counts[tensor.name] = len(table)
+    return counts
+
+
+def cluster(job: Job, engine: Engine) -> dict[str, int]:
+    """Group the experts of every channel; the number of pool rows per tensor."""
+    folder = job.work / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    order = table_order(job)
+    table = gram_group(job.deltas, job.base.id, [job.experts[name].id for name in order]).path
+    groups = tuple(expert_group(job.deltas, job.base.id, source.id).path for source in job.experts.values())
+    positions = tuple(order.index(name) for name in job.plan.experts)
+    layers: dict[str, list[TensorPlan]] = {}
+    for tensor in job.plan.tensors.values():
+        layers.setdefault(layer_of(tensor.name), []).append(tensor)
+    keep = job.recipe.merge.singleton == "keep"
+    tasks = [
+        ClusterTask(tuple(tensors), job.plan.experts, groups, table, positions, keep, folder) for tensors in layers.values()
+    ]
+    receipts = engine.run("cluster", cluster_block, tasks, list(layers))
+    return {name: rows for receipt in receipts for name, rows in receipt.items()}

@@ -1,0 +1,198 @@
+"""Ingest: stream every expert's difference to the base into the delta store, tensor by tensor, chunk by chunk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+
+from pipeline import memory
+from pipeline.engine import Engine
+from pipeline.job import Job
+from pipeline.kernels.bits import cast, count_non_finite, to_float
+from pipeline.plan import Block, plan_blocks
+from storage.arrays import ArrayGroup, ChunkDigests
+from storage.checkpoint import TensorInfo
+from storage.deltas import create_expert_group, difference, digest_array, expert_group, row_digests
+from storage.errors import CheckpointError
+from storage.layout import DTYPES
+
+
+@dataclass(frozen=True)
+class ChunkStatistics:
+    """What is learnt of one chunk while it passes."""
+
+    delta_squares: float
+    """Sum of squares of the delta; 0 for types that are not numbers to merge."""
+    base_squares: float
+    largest: float
+    """Largest |delta|."""
+    unchanged: int
+    """Entries whose bits equal the base's."""
+    entries: int
+    non_finite: int
+    """NaNs and infinities in the expert."""
+    base_non_finite: int
+
+
+@dataclass(frozen=True)
+class IngestTask:
+    """Pieces of one expert."""
+
+    group: Path
+    block: Block
+    sources: Mapping[str, tuple[TensorInfo, TensorInfo | None]]
+    """Tensor -> the expert's rows and the base's."""
+
+
+@dataclass(frozen=True)
+class IngestReceipt:
+    """What an ingest task wrote and saw."""
+
+    chunks: ChunkDigests
+    statistics: list[tuple[str, int, ChunkStatistics]]
+    """(tensor, first row, statistics) per chunk."""
+    bytes_read: int
+    bytes_written: int
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage moved."""
+
+    bytes_read: int
+    bytes_written: int
+    reused: int = 0
+    """Parts found finished from an earlier run."""
+
+
+def _base_bits(base: TensorInfo | None, start: int, stop: int, like: TensorInfo) -> tuple[NDArray[Any], int]:
+    """The base's bits in the expert's type, 0 where it has no such row, and how many of its values are not finite."""
+    out = np.zeros((stop - start, like.width), DTYPES[like.dtype].bits)
+    if base is None or start >= base.rows:
+        return out, 0
+    rows = base.read(start, min(stop, base.rows))
+    out[: len(rows)] = cast(rows, base.dtype, like.dtype)
+    return out, count_non_finite(rows, base.dtype)
+
+
+def chunk_statistics(expert: NDArray[Any], base: NDArray[Any], dtype: str, base_non_finite: int) -> ChunkStatistics:
+    """Statistics of one chunk; both arrays (rows, width) raw bits of the expert's data type."""
+    bad = count_non_finite(expert, dtype)
+    squares = base_squares = largest = 0.0
+    if DTYPES[dtype].mergeable and not bad and not base_non_finite:
+        step = max(1, memory.SLICE_ELEMENTS // expert.shape[1])
+        for start in range(0, len(expert), step):
+            reference = to_float(base[start : start + step], dtype)
+            delta = to_float(expert[start : start + step], dtype) - reference
+            squares += float(delta.double().square().sum())
+            base_squares += float(reference.double().square().sum())
+            largest = max(largest, float(delta.abs().max()))
+    unchanged = int(np.count_nonzero(expert == base))
+    return ChunkStatistics(squares, base_squares, largest, unchanged, expert.size, bad, base_non_finite)
+
+
+def ingest_block(task: IngestTask) -> IngestReceipt:
+    """Write the differences of a block. The same block twice writes the same bytes."""
+    group = ArrayGroup(task.group)
+    chunks: ChunkDigests = {}
+    statistics = []
+    read = 0
+    for piece in task.block.pieces:
+        info, base = task.sources[piece.tensor]
+        for start in range(piece.start, piece.stop, info.chunk_rows):
+            stop = min(start + info.chunk_rows, piece.stop)
+            expert = info.read(start, stop)
+            base_bits, base_bad = _base_bits(base, start, stop, info)
+            statistics.append((piece.tensor, start, chunk_statistics(expert, base_bits, info.dtype, base_bad)))
+            chunks.update(group.write(piece.tensor, start, difference(expert, base_bits)))
+            chunks.update(group.write(digest_array(piece.tensor), start, row_digests(expert)))
+            read += 2 * expert.nbytes
+    return IngestReceipt(chunks, statistics, read, sum(size for size, _ in chunks.values()))
+
+
+def combined(parts: Sequence[ChunkStatistics]) -> dict[str, float]:
+    """Statistics of a tensor from those of its chunks, in order."""
+    entries = sum(part.entries for part in parts)
+    return {
+        "delta_norm": math.sqrt(math.fsum(part.delta_squares for part in parts)),
+        "base_norm": math.sqrt(math.fsum(part.base_squares for part in parts)),
+        "largest": max(part.largest for part in parts),
+        "unchanged_share": sum(part.unchanged for part in parts) / entries,
+    }
+
+
+def _non_finite(name: str, receipts: Sequence[IngestReceipt]) -> list[str]:
+    """Problems with values that are no numbers, per tensor."""
+    problems = []
+    counts: dict[str, list[int]] = {}
+    for receipt in receipts:
+        for tensor, _, part in receipt.statistics:
+            found = counts.setdefault(tensor, [0, 0, 0])
+            found[0] += part.non_finite
+            found[1] += part.base_non_finite
+            found[2] += part.entries
+    for tensor, (bad, base_bad, entries) in counts.items():
+        for label, count in ((f"expert {name}", bad), ("base", base_bad)):
+            if count:
+                problems.append(f"{label}: tensor {tensor}: {count} of {entries} values are NaN or infinite; expected none")
+    return problems
+
+
+def _finish(group: ArrayGroup, receipts: Sequence[IngestReceipt]) -> None:
+    """Declare an expert ingested."""
+    parts: dict[str, list[tuple[int, ChunkStatistics]]] = {}
+    chunks: ChunkDigests = {}
+    for receipt in receipts:
+        chunks.update(receipt.chunks)
+        for tensor, start, part in receipt.statistics:
+            parts.setdefault(tensor, []).append((start, part))
+    in_order = {t: [part for _, part in sorted(found, key=lambda item: item[0])] for t, found in parts.items()}
+    group.finish(chunks, {"statistics": {tensor: combined(found) for tensor, found in in_order.items()}})
+
+
+def _is_whole(group: ArrayGroup) -> bool:
+    return group.complete and not group.missing_chunks()
+
+
+def ingest(job: Job, engine: Engine) -> StageResult:
+    """Bring every expert's deltas into the store; those that are there already are not read again."""
+    groups = {job.experts[name].id: (name, expert_group(job.deltas, job.base.id, job.experts[name].id)) for name in job.experts}
+    (job.deltas / job.base.id).mkdir(parents=True, exist_ok=True)
+    with ExitStack() as locks:
+        for identity in sorted(groups):  # one order for all runs, so that two of them cannot wait for each other
+            locks.enter_context(FileLock(job.deltas / job.base.id / f".{identity}.lock"))
+        fresh = {identity: found for identity, found in groups.items() if not _is_whole(found[1])}
+        tasks: list[IngestTask] = []
+        owners: list[str] = []
+        for identity, (name, group) in fresh.items():
+            held = {
+                tensor.name: (tensor.experts[name], tensor.base)
+                for tensor in job.plan.tensors.values()
+                if name in tensor.experts
+            }
+            infos = {tensor: info for tensor, (info, _) in held.items()}
+            create_expert_group(group, infos, identity)
+            for block in plan_blocks(infos.values(), memory.block_elements(job.plan.memory, 1)):
+                used = {piece.tensor: held[piece.tensor] for piece in block.pieces}
+                tasks.append(IngestTask(group.path, block, used))
+                owners.append(identity)
+        labels = [f"{groups[owner][0]} {task.block.label}" for owner, task in zip(owners, tasks, strict=True)]
+        receipts = engine.run("ingest", ingest_block, tasks, labels)
+        mine = {i: [r for r, owner in zip(receipts, owners, strict=True) if owner == i] for i in fresh}
+        problems = [problem for i in fresh for problem in _non_finite(groups[i][0], mine[i])]
+        if problems:
+            raise CheckpointError.listing(
+                "weights that are not numbers cannot be merged; train or download them again", dict.fromkeys(problems)
+            )
+        for identity, (_, group) in fresh.items():
+            _finish(group, mine[identity])
+    read, written = sum(r.bytes_read for r in receipts), sum(r.bytes_written for r in receipts)
+    return StageResult(read, written, len(groups) - len(fresh))

@@ -1,0 +1,119 @@
+"""Pack: digests of the pool's files and spans, the row indices of every expert, and the files beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.numpy import save_file
+
+from pipeline.engine import Engine
+from pipeline.job import Job
+from pipeline.rows import RowTable, members
+from pipeline.stages.cluster import table_path
+from pipeline.stages.merge import Pool
+from storage.atomic import canonical_json
+from storage.checkpoint import SIDE_FILES
+from storage.layout import DTYPES, POOL_INDEX, ROWS_FILE
+from storage.manifest import FileRecord, Span, TensorRecord
+from storage.safetensors_file import weight_index
+
+READ_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class PackTask:
+    """One pool file, with the byte ranges of its spans in the order of the file."""
+
+    path: Path
+    spans: tuple[tuple[str, int, int], ...]
+    """(tensor, first byte, bytes)"""
+
+
+def digest_file(task: PackTask) -> tuple[str, list[tuple[str, str]]]:
+    """sha256 of the file and of each span, in one pass: [(tensor, sha256 of the span)]."""
+    whole = hashlib.sha256()
+    spans = []
+    with task.path.open("rb") as file:
+        for tensor, start, size in task.spans:
+            whole.update(file.read(start - file.tell()))
+            span = hashlib.sha256()
+            left = size
+            while left:
+                data = file.read(min(left, READ_BYTES))
+                if not data:
+                    raise EOFError(f"{task.path} ends inside tensor {tensor}")
+                whole.update(data)
+                span.update(data)
+                left -= len(data)
+            spans.append((tensor, span.hexdigest()))
+    return whole.hexdigest(), spans
+
+
+def _pack_task(job: Job, pool: Pool, name: str, tables: Mapping[str, RowTable]) -> PackTask:
+    spans = []
+    for slot in sorted(pool.files[name], key=lambda slot: pool.offsets[slot.name][1]):
+        row_bytes = slot.shape[1] * DTYPES[slot.dtype].size
+        for _, start, stop in tables[slot.name].spans():
+            spans.append((slot.name, pool.offsets[slot.name][1] + start * row_bytes, (stop - start) * row_bytes))
+    return PackTask(job.staged / name, tuple(spans))
+
+
+def _tensor_record(job: Job, name: str, table: RowTable, digests: list[str]) -> TensorRecord:
+    tensor = job.plan.tensors[name]
+    spans = tuple(
+        Span(experts=tuple(job.plan.experts[n] for n in members(users)), start=start, rows=stop - start, sha256=digest)
+        for (users, start, stop), digest in zip(table.spans(), digests, strict=True)
+    )
+    return TensorRecord(
+        policy=tensor.policy,
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+        channel_axis=0,
+        groups=tensor.groups,
+        rows=len(table),
+        spans=spans,
+    )
+
+
+def _write_experts(job: Job, tables: Mapping[str, RowTable]) -> None:
+    """Per expert its row indices, its configuration and its tokenizer."""
+    for position, (name, source) in enumerate(job.experts.items()):
+        folder = job.staged / "experts" / name
+        folder.mkdir(parents=True)
+        held = {t.name: t.experts[name] for t in job.plan.tensors.values() if name in t.experts}
+        save_file({t: tables[t].indices(position, info.rows) for t, info in held.items()}, folder / ROWS_FILE)
+        for side in SIDE_FILES:
+            if side in source.files:
+                shutil.copyfile(source.folder / side, folder / side)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What the manifest needs to know of the packed files."""
+
+    tensors: dict[str, TensorRecord]
+    pool_files: dict[str, FileRecord]
+    bytes_read: int
+
+
+def pack(job: Job, engine: Engine, pool: Pool) -> Packed:
+    """Complete the staged folder, but for router, card and manifest."""
+    tables = {name: RowTable.load(table_path(job.work / "tables", name)) for name in job.plan.tensors}
+    tasks = [_pack_task(job, pool, name, tables) for name in pool.files]
+    receipts = engine.run("pack", digest_file, tasks, list(pool.files))
+    digests: dict[str, list[str]] = {}
+    for _, spans in receipts:
+        for tensor, digest in spans:
+            digests.setdefault(tensor, []).append(digest)
+    _write_experts(job, tables)
+    (job.staged / POOL_INDEX).write_bytes(canonical_json(weight_index(pool.files)))
+    sizes = {name: (job.staged / name).stat().st_size for name in pool.files}
+    return Packed(
+        {name: _tensor_record(job, name, tables[name], digests[name]) for name in job.plan.tensors},
+        {name: FileRecord(bytes=sizes[name], sha256=whole) for name, (whole, _) in zip(pool.files, receipts, strict=True)},
+        sum(sizes.values()),
+    )

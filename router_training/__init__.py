@@ -1,0 +1,1 @@
+"""Training of the router that picks an expert per query."""

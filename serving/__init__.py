@@ -1,0 +1,1 @@
+"""What a consumer of an artifact needs: expert lookup, export and router inference. Imports storage only."""

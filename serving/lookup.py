@@ -1,0 +1,69 @@
+"""Instant lookup (arXiv 2412.15283, Eq. 5): rebuild an expert by gathering its rows, and export it as a checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.artifact import Artifact
+from storage.atomic import canonical_json, sync_folder
+from storage.errors import OutputExistsError
+from storage.layout import ROWS_FILE, SHARD_BYTES
+from storage.safetensors_file import Slot, allocate, shard_name, shards, weight_index, write_at
+
+
+def expert_shape(artifact: Artifact, tensor: str, rows: NDArray[np.int32]) -> tuple[int, ...]:
+    """The tensor's shape in this expert: a vector is one row, any other shape may have more rows than the base's."""
+    shape = artifact.manifest.tensors[tensor].shape
+    return shape if len(shape) < 2 else (len(rows), *shape[1:])
+
+
+def expert_tensor(artifact: Artifact, tensor: str, rows: NDArray[np.int32]) -> NDArray[Any]:
+    """Raw bits of one tensor of an expert, given the pool rows of its channels; in the checkpoint's own shape."""
+    return artifact.rows(tensor, rows).reshape(expert_shape(artifact, tensor, rows))
+
+
+def export(artifact: Artifact, expert: str, target: Path) -> list[Path]:
+    """Write an expert as a plain Hugging Face checkpoint and return its files.
+
+    The target appears whole or not at all. OutputExistsError when it exists and is not empty.
+    """
+    artifact.check_expert(expert)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputExistsError(f"{target} exists and is not an empty folder. Choose another place for the export.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        partial.mkdir()
+        _write_weights(artifact, expert, partial)
+        for side in (artifact.path / "experts" / expert).iterdir():
+            if side.name != ROWS_FILE:
+                shutil.copyfile(side, partial / side.name)
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync_folder(target.parent)
+    return sorted(target.iterdir())
+
+
+def _write_weights(artifact: Artifact, expert: str, folder: Path) -> None:
+    rows = artifact.expert_rows(expert)
+    tensors = artifact.manifest.tensors
+    slots = [Slot(name, tensors[name].dtype, expert_shape(artifact, name, rows[name])) for name in tensors if name in rows]
+    dealt = shards(slots, SHARD_BYTES)
+    single = len(dealt) == 1
+    files = {"model.safetensors" if single else shard_name("model", i, len(dealt)): group for i, group in enumerate(dealt, 1)}
+    for name, group in files.items():
+        places = allocate(folder / name, group)
+        for slot in group:
+            write_at(folder / name, places[slot.name], expert_tensor(artifact, slot.name, rows[slot.name]))
+    if not single:
+        (folder / "model.safetensors.index.json").write_bytes(canonical_json(weight_index(files)))

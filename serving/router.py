@@ -1,0 +1,97 @@
+"""Router inference: from a query to a probability per expert, with numpy only.
+
+The linear router scores hashed n-grams. Features are defined here, and training uses the same function, so what was
+trained is what is served. MurmurHash3 of UTF-8 bytes is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mmh3
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from storage.artifact import Artifact
+from storage.errors import ArtifactError
+
+ROUTER_FORMAT = 1
+CONFIG = "router.json"
+WEIGHTS = "router.safetensors"
+MAX_CHARACTERS = 4096
+"""A query's domain shows in its beginning; a text of megabytes must not cost seconds."""
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """How a text becomes a sparse vector."""
+
+    size: int = 1 << 15
+    """Number of hash buckets."""
+    shortest: int = 1
+    longest: int = 4
+    """Lengths of character n-grams; whole words are features too."""
+
+
+def features(text: str, spec: FeatureSpec) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+    """Bucket indices, ascending, and values of an L2-normalised sparse vector of signed n-gram counts. Pure."""
+    padded = f" {' '.join(text[:MAX_CHARACTERS].split())} "
+    grams: Counter[str] = Counter()
+    for length in range(spec.shortest, spec.longest + 1):
+        grams.update(padded[i : i + length] for i in range(len(padded) - length + 1))
+    grams.update(f"\x00{word}" for word in _WORD.findall(padded))  # a prefix no n-gram has keeps words apart
+    buckets: dict[int, float] = {}
+    for gram, count in grams.items():
+        hashed = mmh3.hash(gram.encode("utf-8", "replace"))
+        bucket = abs(hashed) % spec.size
+        buckets[bucket] = buckets.get(bucket, 0.0) + (count if hashed >= 0 else -count)
+    indices = np.array(sorted(buckets), np.int32)
+    values = np.array([buckets[int(i)] for i in indices], np.float64)
+    norm = float(np.sqrt((values * values).sum()))
+    return indices, values / norm if norm else values
+
+
+class LinearRouter:
+    """One-vs-rest logistic scores over hashed n-grams."""
+
+    def __init__(self, experts: Sequence[str], spec: FeatureSpec, weights: NDArray[Any], bias: NDArray[Any]) -> None:
+        self.experts = tuple(experts)
+        self.spec = spec
+        self.weights = weights
+        self.bias = bias
+
+    def route(self, query: str) -> dict[str, float]:
+        """Probability per expert; they sum to 1. One-vs-rest sigmoids, normalised."""
+        indices, values = features(query, self.spec)
+        scores = self.weights[:, indices].astype(np.float64) @ values + self.bias
+        sigmoids = 1 / (1 + np.exp(-np.clip(scores, -500, 500)))
+        shares = sigmoids / sigmoids.sum()
+        return dict(zip(self.experts, map(float, shares), strict=True))
+
+
+def load_router(folder: Path) -> LinearRouter:
+    """The router of a folder with ``router.json`` and ``router.safetensors``."""
+    config = json.loads((folder / CONFIG).read_bytes())
+    if config.get("format") != ROUTER_FORMAT or config.get("kind") != "linear":
+        raise ArtifactError(
+            f"{folder / CONFIG}: expected a linear router of format {ROUTER_FORMAT}, got kind {config.get('kind')!r} of format "
+            f"{config.get('format')!r}. Use a matching release."
+        )
+    tensors = load_file(folder / WEIGHTS)
+    return LinearRouter(config["experts"], FeatureSpec(**config["features"]), tensors["weights"], tensors["bias"])
+
+
+def artifact_router(artifact: Artifact) -> LinearRouter:
+    """The router of an artifact; ArtifactError when it was built without one."""
+    folder = artifact.path / "router"
+    if not (folder / CONFIG).is_file():
+        raise ArtifactError(f"{artifact.path} has no router. Build it with router.kind: linear in the recipe.")
+    return load_router(folder)

@@ -1,0 +1,1 @@
+"""Bytes and names: checkpoints, the delta store and artifacts. No arithmetic, no orchestration."""

@@ -1,0 +1,189 @@
+"""Artifacts: open one, read rows of its pool, check every byte, publish a new version."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from storage.atomic import canonical_json, sync_folder, write_atomically
+from storage.checkpoint import TensorInfo, read_header
+from storage.digests import sha256_file
+from storage.errors import ArtifactError, CheckpointError, OutputExistsError
+from storage.layout import LATEST, MANIFEST, POOL_INDEX, ROWS_FILE
+from storage.manifest import Manifest, version_of
+
+WORK = ".work"
+
+
+def resolve(location: str) -> Path:
+    """The version folder meant by an artifact argument: such a folder, ``<output>`` (its latest) or ``<output>@version``."""
+    folder, version = Path(location), ""
+    if not folder.exists() and "@" in location:
+        head, version = location.rsplit("@", 1)
+        folder = Path(head)
+    if not folder.is_dir():
+        raise ArtifactError(f"there is no artifact at {location}: no such directory. Give an artifact's folder or an output.")
+    if version:
+        folder = folder / version
+    elif not (folder / MANIFEST).is_file() and (folder / LATEST).is_file():
+        folder = folder / latest(folder)["version"]
+    if WORK in folder.parts or not (folder / MANIFEST).is_file():
+        raise ArtifactError(
+            f"{folder} is not an artifact: it has no {MANIFEST}. Its run did not finish, or the path is wrong: "
+            "give a published version's folder or the output folder above it."
+        )
+    return folder
+
+
+def latest(output: Path) -> dict[str, Any]:
+    """The content of ``latest.json``."""
+    path = output / LATEST
+    try:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found["version"], str) or Path(found["version"]).name != found["version"]:
+            raise ValueError("no version")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}). Name a version: {output}@VERSION.") from None
+    return dict(found)
+
+
+class Artifact:
+    """One published version in a local folder."""
+
+    def __init__(self, location: str | Path) -> None:
+        self.path = resolve(str(location))
+        self.manifest = Manifest.from_bytes((self.path / MANIFEST).read_bytes(), str(self.path / MANIFEST))
+
+    @cached_property
+    def _pool(self) -> dict[str, TensorInfo]:
+        placed = json.loads((self.path / POOL_INDEX).read_bytes())["weight_map"]
+        found: dict[str, TensorInfo] = {}
+        for name in sorted(set(placed.values())):
+            found.update(read_header(self.path / name))
+        return found
+
+    def check_expert(self, expert: str) -> None:
+        """ArtifactError unless the artifact has this expert."""
+        if expert not in self.manifest.experts:
+            names = ", ".join(self.manifest.experts)
+            raise ArtifactError(f"{self.path} has no expert {expert!r}; it has {names}. Name one of these.")
+
+    def expert_rows(self, expert: str) -> dict[str, NDArray[np.int32]]:
+        """Per tensor of the expert, (channels,) int32: the pool row of every channel."""
+        self.check_expert(expert)
+        return load_file(self.path / "experts" / expert / ROWS_FILE)
+
+    def rows(self, tensor: str, indices: NDArray[np.int32]) -> NDArray[Any]:
+        """(len(indices), width) raw bits of pool rows. The only reader of the pool: the format may store rows otherwise."""
+        info = self._pool[tensor]
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < info.rows:
+            raise ArtifactError(f"{self.path}: tensor {tensor}: a row index lies outside its {info.rows} rows. Run verify.")
+        unique, inverse = np.unique(indices, return_inverse=True)
+        breaks = np.flatnonzero(np.diff(unique) != 1) + 1
+        runs = [run for run in np.split(unique, breaks) if len(run)]
+        parts = [info.read(int(run[0]), int(run[-1]) + 1) for run in runs]
+        result: NDArray[Any] = np.concatenate(parts)[inverse]
+        return result
+
+    def verify(self) -> list[str]:
+        """Everything that differs from the manifest: missing, changed and unknown files. Empty when all is well."""
+        problems: list[str] = []
+        for name, record in self.manifest.files.items():
+            path = self.path / name
+            if not path.is_file():
+                problems.append(f"{name} is missing")
+            elif path.stat().st_size != record.bytes:
+                problems.append(f"{name}: expected {record.bytes} bytes, got {path.stat().st_size}")
+            elif (found := sha256_file(path)) != record.sha256:
+                problems.append(f"{name}: expected sha256 {record.sha256}, got {found}")
+        known = {*self.manifest.files, MANIFEST}
+        present = {p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if not p.is_dir()}
+        problems += [f"{name} is not part of the artifact" for name in sorted(present - known)]
+        version = version_of(self.manifest.files)
+        if version != self.manifest.version:
+            problems.append(f"{MANIFEST}: its files make version {version}, it says {self.manifest.version}")
+        return problems
+
+
+def _versions(output: Path) -> list[Path]:
+    return sorted(path.parent for path in output.glob(f"*/{MANIFEST}"))
+
+
+def check_output(output: Path) -> None:
+    """OutputExistsError when the place holds something other than artifacts: nothing of a stranger's is overwritten."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise OutputExistsError(f"output {output} is a file, not a folder of artifacts. Choose another output.")
+    entries = sorted(path.name for path in output.iterdir())
+    if entries and not ({LATEST, WORK} & set(entries)):
+        raise OutputExistsError(
+            f"output {output} exists and is not a folder of artifacts: it has neither {LATEST} nor {WORK} but holds "
+            f"{', '.join(entries[:5])}{' …' if len(entries) > 5 else ''}. Choose another output or empty it."
+        )
+
+
+def find_by_inputs(output: Path, inputs: str) -> Manifest | None:
+    """A whole published version made from the same inputs, if there is one."""
+    for folder in _versions(output):
+        try:
+            manifest = Artifact(folder).manifest
+        except (ArtifactError, CheckpointError):  # another format or a damaged one: not what was asked for
+            continue
+        sizes = {name: record.bytes for name, record in manifest.files.items()}
+        if manifest.inputs == inputs and all(_size(folder / name) == size for name, size in sizes.items()):
+            return manifest
+    return None
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
+def publish(staged: Path, output: Path, manifest: Manifest) -> bool:
+    """Make a staged folder the version the manifest names, then the latest. False when that version was there already.
+
+    The manifest is written last, after the folder has its final name: until then nothing reads it as an artifact.
+    """
+    with FileLock(output / WORK / "publish.lock"):
+        final = output / manifest.version
+        new = not (final / MANIFEST).is_file()
+        if new:
+            shutil.rmtree(final, ignore_errors=True)  # a version without a manifest is what a killed publish left
+            for path in staged.rglob("*"):
+                _sync(path)
+            staged.rename(final)
+            sync_folder(output)
+            write_atomically(final / MANIFEST, manifest.to_bytes())
+        _point_latest(output, manifest.version)
+    return new
+
+
+def make_latest(output: Path, version: str) -> None:
+    """Let ``latest.json`` name a published version; unchanged when it does so already."""
+    with FileLock(output / WORK / "publish.lock"):
+        _point_latest(output, version)
+
+
+def _point_latest(output: Path, version: str) -> None:
+    known = latest(output) if (output / LATEST).is_file() else {}
+    if known.get("version") != version:
+        record = {"version": version, "sequence": int(known.get("sequence", 0)) + 1}
+        write_atomically(output / LATEST, canonical_json(record))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,68 @@
+"""Every error a user can meet. Each message says which expert and tensor, expected, got, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Self
+
+
+class ChannelMergingError(Exception):
+    """Root of all errors raised on purpose. One formatted message is the only argument, so that it pickles."""
+
+    problems: tuple[str, ...] = ()
+    exit_code = 3
+
+    @classmethod
+    def listing(cls, headline: str, problems: Iterable[str]) -> Self:
+        """One error for several problems; they are also kept apart in ``problems``."""
+        found = tuple(problems)
+        if len(found) == 1:
+            error = cls(f"{headline}: {found[0]}")
+        else:
+            error = cls(f"{headline}: {len(found)} problems\n" + "\n".join(f"  - {problem}" for problem in found))
+        error.problems = found
+        return error
+
+
+class RecipeError(ChannelMergingError, ValueError):
+    """The recipe is wrong."""
+
+    exit_code = 2
+
+
+class CheckpointError(ChannelMergingError, ValueError):
+    """A checkpoint of the base or of an expert cannot be read, or holds values that cannot be merged."""
+
+    exit_code = 2
+
+
+class PlanError(ChannelMergingError, ValueError):
+    """Base and experts do not fit together, or the work does not fit the memory budget."""
+
+    exit_code = 2
+
+
+class QueryDataError(ChannelMergingError, ValueError):
+    """The router's queries cannot be read or cannot train a router."""
+
+    exit_code = 2
+
+
+class OutputExistsError(ChannelMergingError, FileExistsError):
+    """A place to write to holds something that is not ours."""
+
+    exit_code = 2
+
+
+class ArtifactError(ChannelMergingError, ValueError):
+    """What was given as an artifact is not one, or lacks what was asked of it."""
+
+    exit_code = 2
+
+
+class IncompleteStoreError(ChannelMergingError):
+    """A delta group or a table is not complete, or lost a chunk, or a chunk fails its checksum."""
+
+
+class StoreBusyError(ChannelMergingError):
+    """Another run is working in the same place."""

@@ -1,0 +1,133 @@
+"""The manifest: what an artifact holds, where it came from, and how to find any changed byte.
+
+Its file is written in one canonical form and carries a digest of itself, so that a changed byte in it is found too.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from storage.atomic import canonical_json
+from storage.digests import digest_of
+from storage.errors import ArtifactError
+from storage.layout import ARTIFACT_FORMAT
+
+VERSION_LENGTH = 16
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileRecord(_Record):
+    """One file of the artifact."""
+
+    bytes: int
+    sha256: str
+
+
+class Span(_Record):
+    """Consecutive pool rows used by the same experts, in order of their channel."""
+
+    experts: tuple[str, ...]
+    start: int
+    rows: int
+    sha256: str
+    """Of the span's raw bytes."""
+
+
+class TensorRecord(_Record):
+    """One tensor of the pool."""
+
+    policy: str
+    shape: tuple[int, ...]
+    """Shape in the base, or in the first expert that has it. An expert's own may have more rows."""
+    dtype: str
+    channel_axis: int
+    groups: int
+    """K asked for; 0 where nothing is merged."""
+    rows: int
+    """Rows in the pool."""
+    spans: tuple[Span, ...]
+
+
+class ExpertRecord(_Record):
+    """One expert: its source, and what became of it."""
+
+    source: str
+    id: str
+    weight: float
+    files: dict[str, str]
+    """sha256 of each file that was used."""
+    parameters: int
+    """Entries of the original checkpoint."""
+    reconstruction_error: float | None
+    """||rebuilt - expert|| / ||expert - base|| over the merged tensors; None when that norm is 0."""
+
+
+class ParameterCounts(_Record):
+    """What is stored, against what would be without merging."""
+
+    pool: int
+    """Entries of the row pool."""
+    experts: int
+    """Entries of all experts' checkpoints together."""
+    ratio: float
+    """pool / experts"""
+
+
+class Manifest(_Record):
+    """``manifest.json``."""
+
+    format: int
+    name: str
+    version: str
+    inputs: str
+    created: str
+    recipe: dict[str, Any]
+    base: dict[str, Any]
+    experts: dict[str, ExpertRecord]
+    tensors: dict[str, TensorRecord]
+    files: dict[str, FileRecord]
+    parameters: ParameterCounts
+    router: dict[str, Any] | None
+    seed: int
+    kernel: str
+    packages: dict[str, str]
+    seconds: dict[str, float]
+    """Wall time per stage."""
+    moved: dict[str, int]
+    """Bytes read and written per stage."""
+
+    def to_bytes(self) -> bytes:
+        """The file's content: canonical JSON with a digest over all other fields."""
+        fields = self.model_dump(mode="json")
+        return canonical_json({**fields, "digest": digest_of(fields)})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> Self:
+        """Read a manifest. ArtifactError when it is damaged or of another format."""
+        try:
+            fields = json.loads(data)
+            digest = fields.pop("digest", None)
+            found = fields.get("format")
+        except (ValueError, AttributeError) as error:
+            raise ArtifactError(f"{where} is damaged: {error}. Pull or build the artifact again.") from None
+        if found != ARTIFACT_FORMAT:
+            raise ArtifactError(f"{where}: expected artifact format {ARTIFACT_FORMAT}, got {found}. Use a matching release.")
+        try:
+            manifest = cls.model_validate(fields)
+        except ValidationError as error:
+            raise ArtifactError(f"{where} is damaged: {error}. Pull or build the artifact again.") from None
+        if digest != digest_of(fields) or canonical_json({**fields, "digest": digest}) != data:
+            raise ArtifactError(f"{where} was changed after it was written. Pull or build the artifact again.")
+        return manifest
+
+
+def version_of(files: dict[str, FileRecord]) -> str:
+    """The version: a digest over names and contents of pool, rows, experts and router."""
+    counted = {name: record.sha256 for name, record in files.items() if name.startswith(("pool", "experts/", "router/"))}
+    return digest_of(counted)[:VERSION_LENGTH]

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["DO_NOT_TRACK"] = "1"
+os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from hypothesis import settings
+
+from tests.support.tiny_experts import Family, write_family
+
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60)
+settings.register_profile("nightly", deadline=None, max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache of file digests lies in a temporary folder, never in the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Family:
+    """Four experts of a two-layer base, with the irregularities of real ones."""
+    return write_family(tmp_path / "family")
+
+
+@pytest.fixture(scope="session")
+def tiny_mistral() -> Path:
+    """The trained family of the demo."""
+    return Path(__file__).parent.parent / "examples" / "tiny-mistral"

@@ -1,0 +1,168 @@
+"""The method written down slowly, in float64 numpy with loops over channels, from the paper's formulas alone.
+
+Nothing of the project is imported: clustering goes through centroids, not Gram matrices; the mask generator is written
+with Python integers; data types are decoded by hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+def as_float64(tensor: torch.Tensor) -> Floats:
+    if tensor.dtype == torch.bfloat16:
+        bits = tensor.view(torch.int16).numpy().view(np.uint16).astype(np.uint32) << 16
+        return bits.view(np.float32).astype(np.float64)
+    return tensor.numpy().astype(np.float64)
+
+
+def set_partitions(items: Sequence[int], groups: int) -> list[tuple[tuple[int, ...], ...]]:
+    """All partitions into exactly ``groups`` blocks, each block sorted, blocks by first member."""
+    found = set()
+    for labels in itertools.product(range(groups), repeat=len(items)):
+        if len(set(labels)) == groups:
+            blocks = [tuple(i for i, label in zip(items, labels, strict=True) if label == g) for g in range(groups)]
+            found.add(tuple(sorted(blocks)))
+    return sorted(found)
+
+
+def growth_string(blocks: Sequence[Sequence[int]], count: int) -> tuple[int, ...]:
+    labels = [0] * count
+    for label, block in enumerate(sorted(blocks, key=min)):
+        for item in block:
+            labels[item] = label
+    return tuple(labels)
+
+
+def spread(rows: Floats, blocks: Sequence[Sequence[int]]) -> float:
+    """k-means' objective: squared distances to the centroids of L2-normalised rows."""
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return sum(float(((unit[list(b)] - unit[list(b)].mean(axis=0)) ** 2).sum()) for b in blocks)
+
+
+def cluster_channel(deltas: Floats, groups: int) -> tuple[tuple[int, ...], float]:
+    """Growth string of one channel's best grouping, and its margin over the second best (inf when there is none).
+
+    ``deltas``: (experts, width).
+    """
+    count = len(deltas)
+    if groups >= count:
+        return tuple(range(count)), np.inf
+    if groups == 1:
+        return (0,) * count, np.inf
+    changed = [n for n in range(count) if deltas[n].any()]
+    zeros = [n for n in range(count) if n not in changed]
+    if not changed:
+        return (0,) * count, np.inf
+    remaining = min(groups - bool(zeros), len(changed))
+    candidates = set_partitions(range(len(changed)), remaining)
+    scored = []
+    for blocks in candidates:
+        named = [[changed[i] for i in block] for block in blocks] + ([zeros] if zeros else [])
+        scored.append((spread(deltas[changed], blocks), growth_string(named, count)))
+    scored.sort()
+    best = scored[0][0]
+    tied = sorted(labels for value, labels in scored if value - best <= 1e-5 * (len(changed) - best))
+    others = [value - best for value, labels in scored if labels not in tied]
+    return tied[0], min(others, default=np.inf)
+
+
+def philox_words(counter: int, key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Philox4x32-10 for one counter."""
+    c = [counter & 0xFFFFFFFF, counter >> 32, 0, 0]
+    k = list(key)
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(p1 >> 32) ^ c[1] ^ k[0], p1 & 0xFFFFFFFF, (p0 >> 32) ^ c[3] ^ k[1], p0 & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c[0], c[1], c[2], c[3]
+
+
+def dare_mask(seed: int, expert: str, tensor: str, shape: tuple[int, int], density: float) -> NDArray[np.bool_]:
+    raw = hashlib.sha256(f"{seed}\x00{expert}\x00{tensor}".encode()).digest()
+    key = (int.from_bytes(raw[:4], "little"), int.from_bytes(raw[4:8], "little"))
+    count = shape[0] * shape[1]
+    words = [word for block in range(-(-count // 4)) for word in philox_words(block, key)][:count]
+    return (np.array(words) < int(density * 2**32)).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Options:
+    groups: int
+    method: str = "task_arithmetic"
+    scaling: float | str = "mean"
+    density: float = 0.7
+    singleton: str = "keep"
+    seed: int = 0
+    weights: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    labels: NDArray[np.int64]
+    """(rows, experts) growth strings of the clustering."""
+    margins: Floats
+    """(rows,) how much the second best grouping is worse."""
+    rebuilt: dict[str, Floats]
+    """Expert -> (rows, width) float64, before rounding."""
+    exact: dict[str, NDArray[np.bool_]]
+    """Expert -> (rows,) whether its row must be its own bit for bit."""
+
+
+def merge_tensor(name: str, base: torch.Tensor, experts: Mapping[str, torch.Tensor], options: Options) -> MergedTensor:
+    """Channel Merging of one matrix, channel by channel (arXiv 2412.15283, Eq. 3)."""
+    names = sorted(experts)
+    origin = as_float64(base)
+    own = {n: as_float64(experts[n]) for n in names}
+    deltas = {n: own[n] - origin for n in names}
+    pruned: dict[str, Any] = deltas
+    if options.method == "dare":
+        shape = (origin.shape[0], origin.shape[1])
+        masks = {n: dare_mask(options.seed, n, name, shape, options.density) for n in names}
+        pruned = {n: np.where(masks[n], deltas[n] / options.density, 0.0) for n in names}
+    weights = options.weights or dict.fromkeys(names, 1.0)
+    rows, count = len(origin), len(names)
+    labels, margins = np.zeros((rows, count), np.int64), np.zeros(rows)
+    rebuilt = {n: np.empty_like(origin) for n in names}
+    exact = {n: np.zeros(rows, bool) for n in names}
+    for channel in range(rows):
+        stacked = np.stack([deltas[n][channel] for n in names])
+        found, margins[channel] = cluster_channel(stacked, options.groups)
+        labels[channel] = found
+        for label in set(found):
+            members = [n for n, mine in zip(names, found, strict=True) if mine == label]
+            same = all(torch.equal(_bits(experts[m][channel]), _bits(experts[members[0]][channel])) for m in members)
+            total = sum(weights[m] * pruned[m][channel] for m in members)
+            factor = 1 / sum(weights[m] for m in members) if options.scaling == "mean" else float(options.scaling)
+            for m in members:
+                if same and (options.singleton == "keep" or options.groups >= count):
+                    rebuilt[m][channel], exact[m][channel] = own[m][channel], True
+                else:
+                    rebuilt[m][channel] = origin[channel] + factor * total
+    return MergedTensor(labels, margins, rebuilt, exact)
+
+
+def _bits(row: torch.Tensor) -> torch.Tensor:
+    return row.contiguous().view(torch.int16 if row.element_size() == 2 else torch.int32)
+
+
+def ulps(found: torch.Tensor, expected: Floats) -> NDArray[np.int64]:
+    """Distance in units of the last place of the found tensor's type to the rounded expectation."""
+    rounded = torch.from_numpy(expected).to(found.dtype)
+
+    def ordered(tensor: torch.Tensor) -> NDArray[np.int64]:
+        bits = _bits(tensor).numpy().astype(np.int64)
+        low = -(1 << (8 * tensor.element_size() - 1))
+        return np.where(bits < 0, low - bits, bits)
+
+    return np.asarray(np.abs(ordered(found) - ordered(rounded)))

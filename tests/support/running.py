@@ -1,0 +1,32 @@
+"""Runs of the real thing for tests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from flows.run import Outcome, run_recipe
+from pipeline.engine import Silent
+from pipeline.recipe import load_recipe
+from serving.lookup import export
+from storage.artifact import Artifact
+from tests.support.tiny_experts import Tensors, read_checkpoint
+
+
+def merged(recipe: Path) -> Outcome:
+    """Run a recipe file."""
+    return run_recipe(load_recipe(recipe), Silent())
+
+
+def rebuilt(outcome: Outcome, expert: str, folder: Path) -> Tensors:
+    """An expert's tensors, exported and read with safetensors."""
+    target = folder / f"{outcome.version}-{expert}"
+    export(Artifact(outcome.path), expert, target)
+    return read_checkpoint(target)
+
+
+def command(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    line = [str(Path(sys.executable).parent / "channel-merge"), *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, check=False, cwd=cwd, timeout=300)
