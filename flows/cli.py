@@ -6,13 +6,16 @@ Exit codes: 0 done; 1 the answer is no (verify found a mismatch); 2 the input is
 from __future__ import annotations
 
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from storage.errors import ChannelMergingError
 
@@ -35,6 +38,12 @@ Cluster = Annotated[str | None, typer.Option(help="local, none (in this process)
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
+def _settings(assignments: list[str] | None) -> dict[str, Any]:
+    from pipeline.recipe import parse_assignment
+
+    return dict(parse_assignment(text) for text in assignments or ())
+
+
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
@@ -42,7 +51,7 @@ def _print_json(value: Any) -> None:
 def _print_table(title: str, headings: list[str], rows: list[list[str]]) -> None:
     table = Table(*headings, title=title, title_justify="left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # as text: a path may hold what rich would read as markup
     # a piped table is as wide as it needs to be: a script or a log must not get wrapped cells
     console = Console()
     console.print(table) if console.is_terminal else Console(width=200).print(table)
@@ -54,7 +63,7 @@ def plan(recipe: RecipePath, set_: Settings = None, as_json: AsJson = False) -> 
     from flows.run import read_recipe
     from pipeline.job import plan_recipe
 
-    found, _, _ = plan_recipe(read_recipe(recipe, set_ or ()))
+    found, _, _ = plan_recipe(read_recipe(recipe, _settings(set_)))
     rows = [
         [tensor.name, tensor.policy, str(tensor.groups or "-"), tensor.dtype, "x".join(map(str, tensor.shape))]
         for tensor in found.tensors.values()
@@ -84,7 +93,7 @@ def run(
     from flows.progress import open_reporter
     from flows.run import read_recipe, run_recipe
 
-    resolved = read_recipe(recipe, set_ or (), output, deltas, cluster)
+    resolved = read_recipe(recipe, _settings(set_), output, deltas, cluster)
     with open_reporter() as reporter:
         result = run_recipe(resolved, reporter)
     manifest = result.manifest
@@ -193,14 +202,17 @@ def demo(dest: Annotated[Path, typer.Argument(help="Where to write.")] = Path("d
 
 
 def main() -> None:
-    """Entry point: errors meant for users are one message, without a traceback."""
+    """Entry point: every error is one message; a traceback is shown when ``CHANNEL_MERGING_TRACEBACK`` is set."""
     try:
         app()
-    except ChannelMergingError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        typer.echo(f"error: {error}", err=True)
+    except Exception as error:
+        if os.environ.get("CHANNEL_MERGING_TRACEBACK"):
+            traceback.print_exc()
+        if isinstance(error, ChannelMergingError):
+            typer.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+        what = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        typer.echo(f"error: the run failed: {what} (set CHANNEL_MERGING_TRACEBACK=1 to see where)", err=True)
         sys.exit(3)
 
 

@@ -24,7 +24,7 @@ GROUPS = (1, 2)
 def merge_family(dest: Path, groups: int) -> Outcome:
     """Run the family's recipe with K groups per channel."""
     recipe = read_recipe(
-        FAMILY / "recipe.yaml", [f"merge.groups={groups}"], str(dest / f"artifacts-k{groups}"), str(dest / "deltas")
+        FAMILY / "recipe.yaml", {"merge.groups": groups}, str(dest / f"artifacts-k{groups}"), str(dest / "deltas")
     )
     with open_reporter() as reporter:
         return run_recipe(recipe, reporter)

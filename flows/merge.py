@@ -8,10 +8,9 @@ from typing import Any
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from flows.run import STAGES, Outcome, Run, execute, outcome, read_recipe, unchanged, workplace
+from flows.run import STAGES, Outcome, Run, execute, outcome, prepare, read_recipe, unchanged, workplace
 from pipeline.engine import open_engine
 from pipeline.job import Job
-from pipeline.job import resolve as resolve_recipe
 from pipeline.recipe import Recipe
 
 
@@ -38,7 +37,7 @@ class FlowReporter:
 @task(name="resolve", cache_policy=NO_CACHE)
 def resolve(recipe: Recipe) -> Job:
     """Plan the recipe and identify its sources."""
-    return resolve_recipe(recipe)
+    return prepare(recipe)
 
 
 def _summary(result: Outcome) -> dict[str, Any]:
@@ -58,8 +57,7 @@ def merge(
     ``recipe`` is the path of a YAML file; ``settings`` overrides its keys, for example {"merge.groups": 3}; the others
     are as on the command line.
     """
-    assignments = [f"{key}={value}" for key, value in (settings or {}).items()]
-    read = read_recipe(Path(recipe), assignments, output, deltas, cluster)
+    read = read_recipe(Path(recipe), settings, output, deltas, cluster)
     job = resolve(read)
     reporter = FlowReporter()
     if found := unchanged(job):

@@ -16,7 +16,9 @@ class Quality:
     loss: float
     """Bits per byte of UTF-8: comparable between tokenizers, where loss per token is not."""
     accuracy: float
-    """Share of the text's bytes that lie in tokens predicted right (greedy, given the true text before them)."""
+    """Share of the characters predicted right (greedy, given the true text before them); one made of
+    several tokens is right when all of them are.
+    """
 
 
 def measure(folder: Path, text: str) -> Quality:
@@ -30,25 +32,22 @@ def measure(folder: Path, text: str) -> Quality:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-    sizes = torch.tensor(_token_bytes(text, encoded["offset_mapping"]))
+    offsets = encoded["offset_mapping"]
     ids = torch.tensor(encoded["input_ids"])
-    bits = right = counted = 0.0
+    bits = 0.0
+    wrong, seen = [False] * len(text), [False] * len(text)
     with torch.inference_mode():
         for start in range(0, len(ids), CONTEXT):
             window = ids[start : start + CONTEXT]
             if len(window) < 2:
                 break
             logits = model(input_ids=window[None]).logits[0, :-1].double()
-            target, weight = window[1:], sizes[start + 1 : start + len(window)]
-            bits += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum")) / math.log(2)
-            right += float(weight[logits.argmax(dim=-1) == target].sum())
-            counted += float(weight.sum())
-    return Quality(bits / counted, right / counted)
-
-
-def _token_bytes(text: str, offsets: list[tuple[int, int]]) -> list[float]:
-    """Bytes each token stands for. Tokens that share one character (byte-level pieces of it) share its bytes."""
-    sharing: dict[tuple[int, int], int] = {}
-    for start, stop in offsets:
-        sharing[start, stop] = sharing.get((start, stop), 0) + 1
-    return [len(text[a:b].encode()) / sharing[a, b] for a, b in offsets]
+            bits += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum")) / math.log(2)
+            right = (logits.argmax(dim=-1) == window[1:]).tolist()
+            for (first, last), hit in zip(offsets[start + 1 : start + len(window)], right, strict=True):
+                for character in range(first, last):
+                    seen[character] = True
+                    wrong[character] |= not hit
+    read = [character for character, known in enumerate(seen) if known]
+    size = sum(len(text[character].encode()) for character in read)
+    return Quality(bits / size, 1 - sum(wrong[character] for character in read) / len(read))

@@ -13,8 +13,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipeline.engine import Engine, Reporter, open_engine
-from pipeline.job import Job
+from pipeline.job import Job, resolve
 from pipeline.recipe import Recipe, load_recipe
+from router_training.data import load_queries
 from storage.artifact import WORK, find_by_inputs, make_latest
 from storage.errors import RecipeError, StoreBusyError
 from storage.manifest import Manifest
@@ -123,21 +124,21 @@ def execute(stage: Callable[[Run, Engine], None], run: Run, engine: Engine) -> N
 
 def read_recipe(
     path: Path,
-    assignments: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
     output: str | None = None,
     deltas: str | None = None,
     cluster_at: str | None = None,
 ) -> Recipe:
-    """The recipe with the command line's overrides; their relative paths count from the current folder."""
-    overrides = list(assignments)
+    """The recipe with overrides of its keys; relative paths of output and deltas count from the current folder."""
+    overrides = dict(settings or {})
     for key, place in (("output", output), ("deltas", deltas)):
         if place is not None:
-            overrides.append(f"{key}={place if '://' in place else Path(place).absolute()}")
+            overrides[key] = place if "://" in place else str(Path(place).absolute())
     if cluster_at is not None:
         known = cluster_at in ("local", "none")
         if not known and "://" not in cluster_at:
             raise RecipeError(f"--cluster: expected local, none or tcp://host:port, got {cluster_at!r}")
-        overrides += [f"cluster.kind={cluster_at if known else 'null'}", f"cluster.address={'null' if known else cluster_at}"]
+        overrides |= {"cluster.kind": cluster_at if known else None, "cluster.address": None if known else cluster_at}
     return load_recipe(path, overrides)
 
 
@@ -175,12 +176,21 @@ def outcome(run: Run) -> Outcome:
     return Outcome(run.manifest.version, run.job.output / run.manifest.version, run.new, run.manifest)
 
 
+def prepare(recipe: Recipe) -> Job:
+    """Resolve a recipe; the router's queries are read too, so that a bad line is not met after the merge."""
+    return resolve(recipe, check_queries)
+
+
+def check_queries(recipe: Recipe) -> None:
+    """QueryDataError when the router could not be trained on the recipe's queries."""
+    if recipe.router.kind != "none":
+        load_queries({name: Path(place) for name, place in recipe.router.queries.items()})
+
+
 def run_recipe(recipe: Recipe, reporter: Reporter) -> Outcome:
     """Resolve a recipe and run every stage; do nothing when the same inputs have been published."""
-    from pipeline.job import resolve
-
     reporter.start("resolve", 1)
-    job = resolve(recipe)
+    job = prepare(recipe)
     reporter.advance("resolve", f"{len(job.plan.tensors)} tensors")
     if found := unchanged(job):
         return found

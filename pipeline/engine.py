@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
+from pipeline.memory import return_freed_memory
 from pipeline.recipe import ClusterSection
+from storage.errors import ClusterError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -68,7 +70,7 @@ class DaskEngine:
         self.reporter = reporter
 
     def run(self, stage: str, function: Callable[[Task], Result], tasks: Sequence[Task], labels: Sequence[str]) -> list[Result]:
-        from distributed import as_completed
+        from distributed import KilledWorker, as_completed
 
         self.reporter.start(stage, len(tasks))
         run = uuid.uuid4().hex[:8]  # keys are unique per run: completion is decided by the stores, not by Dask's cache
@@ -80,7 +82,13 @@ class DaskEngine:
         try:
             for future in as_completed(list(futures)):
                 position = futures[future]
-                results[position] = future.result()
+                try:
+                    results[position] = future.result()
+                except KilledWorker as error:
+                    raise ClusterError(
+                        f"{stage}: {labels[position]}: every worker that tried this block died, {error.allowed_failures + 1} "
+                        "of them; often memory ran out: lower cluster.memory or cluster.workers, and run again"
+                    ) from error
                 self.reporter.advance(stage, labels[position])
         finally:
             self.client.cancel(list(futures))
@@ -96,6 +104,7 @@ def default_workers() -> int:
 def open_engine(cluster: ClusterSection, reporter: Reporter) -> Iterator[Engine]:
     """The engine a recipe asks for; a local cluster lives as long as the context."""
     if cluster.where == "none":
+        return_freed_memory()
         yield SerialEngine(reporter)
         return
     from distributed import Client, LocalCluster

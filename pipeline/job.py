@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,8 +12,8 @@ from pipeline.plan import MergePlan, make_plan
 from pipeline.recipe import Recipe
 from storage.artifact import WORK, check_output
 from storage.checkpoint import Checkpoint, open_checkpoint
-from storage.digests import DigestCache, digest_of, short_id
-from storage.errors import ChannelMergingError, CheckpointError, OutputExistsError, PlanError, QueryDataError
+from storage.digests import DigestCache, digest_of, short_id, stamp
+from storage.errors import ChannelMergingError, CheckpointError, OutputExistsError, PlanError
 from storage.layout import ARTIFACT_FORMAT
 
 KERNEL = "torch-cpu"
@@ -30,7 +30,23 @@ class Source:
     id: str
     files: Mapping[str, str]
     """sha256 of every file used, by name."""
+    stamps: Mapping[str, list[int]]
+    """Size, times and inode of every file, taken before it was hashed."""
     parameters: int
+
+
+def check_unchanged(label: str, source: Source) -> None:
+    """CheckpointError when a file of the source is no longer what was hashed: its rows must not go by its id."""
+    changed = [name for name, known in source.stamps.items() if not _has_stamp(source.folder / name, known)]
+    if changed:
+        raise CheckpointError(f"{label}: {source.folder}: {', '.join(changed)} changed while the run read it. Run again.")
+
+
+def _has_stamp(path: Path, known: list[int]) -> bool:
+    try:
+        return stamp(path.resolve()) == known
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -112,17 +128,13 @@ def _check_places(recipe: Recipe) -> None:
         raise OutputExistsError(f"deltas {deltas} is a file, not a folder. Choose another place for the delta store.")
 
 
-def _check_queries(recipe: Recipe) -> None:
-    asked = recipe.router.queries if recipe.router.kind != "none" else {}
-    missing = [f"router.queries.{name}: no file {place}" for name, place in sorted(asked.items()) if not Path(place).is_file()]
-    if missing:
-        raise QueryDataError.listing("the router's queries cannot be read", missing)
+def resolve(recipe: Recipe, *more_checks: Callable[[Recipe], object]) -> Job:
+    """Plan a recipe and identify its sources. Every problem that can be seen without reading weights is raised here.
 
-
-def resolve(recipe: Recipe, cache: DigestCache | None = None) -> Job:
-    """Plan a recipe and identify its sources. Every problem that can be seen without reading weights is raised here."""
+    ``more_checks`` are the caller's own; what they raise is listed with the rest.
+    """
     errors: list[ChannelMergingError] = []
-    for check in (_check_places, _check_queries, plan_recipe):
+    for check in (_check_places, *more_checks, plan_recipe):
         try:
             check(recipe)
         except ChannelMergingError as error:
@@ -132,15 +144,16 @@ def resolve(recipe: Recipe, cache: DigestCache | None = None) -> Job:
     if errors:
         raise PlanError.listing("the recipe cannot be run", [p for error in errors for p in error.problems or (str(error),)])
     plan, base, experts = plan_recipe(recipe)
-    cache = cache or DigestCache()
     paths = [c.folder / name for c in (base, *experts.values()) for name in c.files]
     asked = recipe.router.queries if recipe.router.kind != "none" else {}
-    known = cache.sha256([*paths, *map(Path, asked.values())])
+    stamps = {path: stamp(path.resolve()) for path in paths}
+    known = DigestCache().sha256([*paths, *map(Path, asked.values())])
 
     def source(checkpoint: Checkpoint) -> Source:
         files = {name: known[checkpoint.folder / name] for name in checkpoint.files}
         entries = sum(info.rows * info.width for info in checkpoint.tensors.values())
-        return Source(checkpoint.folder, short_id(files), files, entries)
+        seen = {name: stamps[checkpoint.folder / name] for name in checkpoint.files}
+        return Source(checkpoint.folder, short_id(files), files, seen, entries)
 
     base_source = source(base)
     sources = {name: source(checkpoint) for name, checkpoint in experts.items()}

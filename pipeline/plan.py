@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from pipeline import memory
 from pipeline.recipe import Recipe, rule_for
-from pipeline.roles import TRANSPOSED_MODELS, default_policy, is_vocabulary, layer_of, natural_order, tie_partner
+from pipeline.roles import TRANSPOSED_MODELS, default_policy, is_head, is_vocabulary, layer_of, natural_order, tie_partner
 from storage.checkpoint import Checkpoint, TensorInfo
 from storage.errors import PlanError
 from storage.layout import DTYPES, chunk_rows
@@ -106,6 +106,8 @@ class MergePlan:
     """In natural order of name."""
     memory: int
     """Bytes one task may use."""
+    ties: Mapping[str, Mapping[str, str]]
+    """Expert -> its tied tensors and the tensor each is a copy of."""
     notes: tuple[str, ...]
     """What a user should know: casts, larger vocabularies."""
 
@@ -148,7 +150,7 @@ def _config_problems(base: Checkpoint, expert: Checkpoint) -> list[str]:
     problems = []
     for key in CONFIG_KEYS:
         expected, got = base.config.get(key), expert.config.get(key)
-        if expected != got:
+        if expected is not None and got is not None and expected != got:  # what one of them leaves to a default, shapes show
             problems.append(f"{expert.label}: config.json: {key}: expected {expected!r} as in the base, got {got!r}")
     return problems
 
@@ -160,7 +162,7 @@ def _tensor_problems(tensor: TensorPlan, base: Checkpoint, experts: Mapping[str,
     for expert, checkpoint in experts.items():
         info = tensor.experts.get(expert)
         if info is None:
-            if tensor.base and name in base.tensors and not (checkpoint.tied and tie_partner(name, checkpoint.tensors)):
+            if tensor.base and name in base.tensors and not tied_to(name, checkpoint):
                 problems.append(f"{checkpoint.label}: tensor {name} is missing: expected shape {list(tensor.shape)}")
             elif tensor.policy == "merge":
                 problems.append(f"{checkpoint.label}: tensor {name} is missing and cannot be merged; make it private by a rule")
@@ -174,6 +176,10 @@ def _tensor_problems(tensor: TensorPlan, base: Checkpoint, experts: Mapping[str,
     return problems
 
 
+def _numbers(dtype: str) -> bool:
+    return dtype in DTYPES and DTYPES[dtype].mergeable
+
+
 def _storage_problems(tensor: TensorPlan, experts: Mapping[str, Checkpoint]) -> list[str]:
     """Data types and shapes that cannot be stored at all."""
     problems = []
@@ -182,6 +188,8 @@ def _storage_problems(tensor: TensorPlan, experts: Mapping[str, Checkpoint]) -> 
         if info is not None and info.dtype not in DTYPES:
             known = ", ".join(DTYPES)
             problems.append(f"{label}: tensor {tensor.name}: data type {info.dtype} cannot be read; expected one of {known}")
+        elif info is not None and info.dtype != tensor.dtype and not (_numbers(info.dtype) and _numbers(tensor.dtype)):
+            problems.append(f"{label}: tensor {tensor.name}: expected data type {tensor.dtype}, got {info.dtype}")
         elif info is not None and 0 in info.shape:
             problems.append(f"{label}: tensor {tensor.name}: shape {list(info.shape)} is empty")
     return problems
@@ -204,6 +212,10 @@ def _policy_problems(tensor: TensorPlan) -> list[str]:
     return problems
 
 
+def _problems(tensor: TensorPlan, base: Checkpoint, experts: Mapping[str, Checkpoint]) -> list[str]:
+    return _storage_problems(tensor, experts) + _tensor_problems(tensor, base, experts) + _policy_problems(tensor)
+
+
 def _notes(tensor: TensorPlan) -> list[str]:
     notes = []
     for expert, info in tensor.experts.items():
@@ -217,13 +229,25 @@ def _notes(tensor: TensorPlan) -> list[str]:
     return notes
 
 
-def plan_tensor(name: str, recipe: Recipe, base: Checkpoint, experts: Mapping[str, Checkpoint]) -> TensorPlan:
-    """Policy, groups and sources of one tensor."""
-    holders = {n: checkpoint.tensors[name] for n, checkpoint in experts.items() if name in checkpoint.tensors}
+def _tie_notes(name: str, experts: Mapping[str, Checkpoint]) -> list[str]:
+    ties = {expert: tied_to(name, found) for expert, found in experts.items()}
+    return [f"expert {expert}: {name} is tied to {partner} and is stored once" for expert, partner in ties.items() if partner]
+
+
+def tied_to(name: str, checkpoint: Checkpoint) -> str | None:
+    """The tensor this one is a tied copy of, by the checkpoint's own config; None when it is its own."""
+    return tie_partner(name, checkpoint.tensors) if checkpoint.tied and is_head(name) else None
+
+
+def plan_tensor(name: str, recipe: Recipe, base: Checkpoint, experts: Mapping[str, Checkpoint]) -> TensorPlan | None:
+    """Policy, groups and sources of one tensor; None when only tied copies of another tensor go by its name."""
+    holders = {n: found.tensors[name] for n, found in experts.items() if name in found.tensors and not tied_to(name, found)}
     own = base.tensors.get(name)
     if own is None and base.tied and (partner := tie_partner(name, base.tensors)):
-        own = base.tensors[partner]
-    reference = own or next(iter(holders.values()))
+        own = replace(base.tensors[partner], name=name)
+    reference = own or next(iter(holders.values()), None)
+    if reference is None:
+        return None
     rule = rule_for(recipe.merge, name)
     policy = (rule.policy if rule else None) or default_policy(name, reference.shape)
     groups = (rule.groups if rule else None) or recipe.merge.groups
@@ -243,13 +267,22 @@ def make_plan(recipe: Recipe, base: Checkpoint, experts: Mapping[str, Checkpoint
             problems.append(f"tensor {name!r}: such a name cannot be stored")
             continue
         tensor = plan_tensor(name, recipe, base, experts)
-        found = _storage_problems(tensor, experts) + _tensor_problems(tensor, base, experts) + _policy_problems(tensor)
+        notes += _tie_notes(name, experts)
+        if tensor is None:
+            continue
+        found = _problems(tensor, base, experts)
         problems += found
-        if tensor.experts and not found:
+        if not tensor.experts:
+            notes.append(f"base: {name} is used by no expert and is left out")
+        elif not found:
             tensors[name] = tensor
             notes += _notes(tensor)
     if not problems:
         problems += memory.problems(recipe.cluster.memory, len(experts), tensors.values())
     if problems:
         raise PlanError.listing("base and experts cannot be merged", problems)
-    return MergePlan(tuple(experts), tensors, recipe.cluster.memory, tuple(notes))
+    ties = {
+        expert: {name: partner for name in sorted(names) if (partner := tied_to(name, found))}
+        for expert, found in experts.items()
+    }
+    return MergePlan(tuple(experts), tensors, recipe.cluster.memory, ties, tuple(notes))

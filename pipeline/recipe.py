@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,7 +32,7 @@ def parse_bytes(value: Any) -> int:
         if match is None:
             raise ValueError
         return int(float(match[1]) * UNITS[(match[2] or "B").lower()])
-    except ValueError:
+    except (ValueError, KeyError):
         raise ValueError(f"expected a size such as 2GiB, got {value!r}") from None
 
 
@@ -143,7 +144,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = key_node.value
+        key = str(key_node.value)
         if key in seen:
             raise RecipeError(f"the key {key!r} is given twice, again at line {key_node.start_mark.line + 1}. Keep one.")
         seen.add(key)
@@ -176,18 +177,26 @@ def _problem(error: Any) -> str:
     return f"{where}: {error['msg'].removeprefix('Value error, ')}{got}"
 
 
-def _apply(fields: dict[str, Any], assignment: str) -> None:
-    """Set one ``a.b.c=value``; the value is YAML."""
-    path, separator, value = assignment.partition("=")
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Key and value of one ``a.b.c=value``; the value is YAML."""
+    path, separator, value = text.partition("=")
     if not separator or not path:
-        raise RecipeError(f"--set {assignment}: expected KEY=VALUE, for example merge.groups=3")
+        raise RecipeError(f"--set {text}: expected KEY=VALUE, for example merge.groups=3")
+    try:
+        return path, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {text}: the value {value!r} is no YAML; quote it") from None
+
+
+def _apply(fields: dict[str, Any], path: str, value: Any) -> None:
+    """Set the value at a dotted path."""
     *parents, last = path.split(".")
     target = fields
     for part in parents:
         target = target.setdefault(part, {})
         if not isinstance(target, dict):
-            raise RecipeError(f"--set {assignment}: {part} is no section of the recipe")
-    target[last] = yaml.safe_load(value)
+            raise RecipeError(f"{path}: {part} is no section of the recipe")
+    target[last] = value
 
 
 def _at(folder: Path, place: str) -> str:
@@ -224,8 +233,46 @@ def _cross_check(recipe: Recipe) -> list[str]:
     return problems
 
 
-def load_recipe(path: Path, assignments: Sequence[str] = ()) -> Recipe:
-    """The recipe of a YAML file, defaults filled, paths absolute. RecipeError lists every problem with its key."""
+def _repaired(fields: dict[str, Any], errors: Sequence[Any]) -> Recipe | None:
+    """The recipe without what is wrong with single keys, so that the rest can be checked too; None when that fails."""
+    copy = deepcopy(fields)
+    for error in errors:
+        *parents, last = error["loc"] or ("",)
+        target: Any = copy
+        try:
+            for part in parents:
+                target = target[part]
+            if error["type"] == "missing":
+                target[last] = "missing"
+            else:
+                del target[last]
+        except (KeyError, IndexError, TypeError):
+            return None
+    try:
+        return Recipe.model_validate(copy)
+    except ValidationError:
+        return None
+
+
+def _validated(headline: str, fields: dict[str, Any]) -> Recipe:
+    problems: dict[str, None] = {}
+    try:
+        recipe: Recipe | None = Recipe.model_validate(fields)
+    except ValidationError as error:
+        problems = dict.fromkeys(_problem(found) for found in error.errors())
+        recipe = _repaired(fields, error.errors())
+    if recipe is not None:
+        problems |= dict.fromkeys(_cross_check(recipe))
+    if problems or recipe is None:
+        raise RecipeError.listing(headline, problems)
+    return recipe
+
+
+def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe of a YAML file, defaults filled, paths absolute. RecipeError lists every problem with its key.
+
+    ``overrides``: dotted key -> value, for example {"merge.groups": 3}.
+    """
     headline = f"recipe {path}"
     try:
         fields = yaml.load(path.read_text("utf-8"), _UniqueKeyLoader)  # noqa: S506 - a SafeLoader subclass
@@ -233,16 +280,10 @@ def load_recipe(path: Path, assignments: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{headline}: cannot be read: {error}") from None
     if not isinstance(fields, dict):
         raise RecipeError(f"{headline}: expected a mapping with name, base, experts and output")
-    for assignment in assignments:
-        _apply(fields, assignment)
-    try:
-        recipe = Recipe.model_validate(fields)
-    except ValidationError as error:
-        raise RecipeError.listing(headline, dict.fromkeys(_problem(found) for found in error.errors())) from None
+    for key, value in (overrides or {}).items():
+        _apply(fields, key, value)
+    recipe = _validated(headline, fields)
     folder = path.resolve().parent
-    problems = _cross_check(recipe)
-    if problems:
-        raise RecipeError.listing(headline, problems)
     places = {key: _at(folder, getattr(recipe, key)) for key in ("base", "deltas", "output")}
     experts = {n: e.model_copy(update={"source": _at(folder, e.source)}) for n, e in recipe.experts.items()}
     queries = {name: _at(folder, place) for name, place in recipe.router.queries.items()}

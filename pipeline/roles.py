@@ -28,6 +28,11 @@ def is_vocabulary(name: str) -> bool:
     return bool(VOCABULARY.search(name))
 
 
+def is_head(name: str) -> bool:
+    """Whether this is the LM head, the tensor that a tie makes a copy."""
+    return bool(HEAD.search(name))
+
+
 def layer_of(name: str) -> str:
     """The block a tensor belongs to, for example ``model.layers.3``; its own name outside of blocks."""
     match = BLOCK.search(name)

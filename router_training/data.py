@@ -12,6 +12,7 @@ from storage.errors import QueryDataError
 
 VALIDATION_SHARE = 0.15
 MAX_PROBLEMS = 20
+"""Lines of one file that an error lists."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ def _read(expert: str, path: Path) -> tuple[list[str], list[str]]:
     texts: list[str] = []
     problems: list[str] = []
     try:
-        lines = path.read_text("utf-8").splitlines()
+        # not splitlines: JSON strings may hold the other characters it takes for line ends
+        lines = path.read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         return [], [f"expert {expert}: {path}: {error}"]
     for number, line in enumerate(lines, 1):
@@ -62,14 +64,15 @@ def load_queries(sources: Mapping[str, Path]) -> Queries:
     problems: list[str] = []
     for label, expert in enumerate(experts):
         texts, found = _read(expert, sources[expert])
-        problems += found
+        problems += found[:MAX_PROBLEMS]
+        if len(found) > MAX_PROBLEMS:
+            problems.append(f"expert {expert}: … and {len(found) - MAX_PROBLEMS} more lines of {sources[expert]}")
         for text in texts:
             identity = " ".join(text.split())
             owners.setdefault(identity, set()).add(label)
             kept.setdefault(identity, text)
     if problems:
-        more = [f"… and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
-        raise QueryDataError.listing("the router's queries cannot be read", problems[:MAX_PROBLEMS] + more)
+        raise QueryDataError.listing("the router's queries cannot be read", problems)
     single = [(kept[identity], next(iter(who))) for identity, who in owners.items() if len(who) == 1]
     # in order of the text's digest: independent of the order of lines, and mixed
     single.sort(key=lambda item: hashlib.sha256(item[0].encode("utf-8", "replace")).digest())

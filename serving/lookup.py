@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.artifact import Artifact
-from storage.atomic import canonical_json, sync_folder
+from storage.atomic import canonical_json, sync
 from storage.errors import OutputExistsError
 from storage.layout import ROWS_FILE, SHARD_BYTES
 from storage.safetensors_file import Slot, allocate, shard_name, shards, weight_index, write_at
@@ -34,6 +34,7 @@ def export(artifact: Artifact, expert: str, target: Path) -> list[Path]:
     The target appears whole or not at all. OutputExistsError when it exists and is not empty.
     """
     artifact.check_expert(expert)
+    target = target.resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputExistsError(f"{target} exists and is not an empty folder. Choose another place for the export.")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +51,7 @@ def export(artifact: Artifact, expert: str, target: Path) -> list[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    sync_folder(target.parent)
+    sync(target.parent)
     return sorted(target.iterdir())
 
 

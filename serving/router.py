@@ -17,6 +17,7 @@ from typing import Any
 import mmh3
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from storage.artifact import Artifact
@@ -79,13 +80,16 @@ class LinearRouter:
 
 def load_router(folder: Path) -> LinearRouter:
     """The router of a folder with ``router.json`` and ``router.safetensors``."""
-    config = json.loads((folder / CONFIG).read_bytes())
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ArtifactError(f"{folder}: its router is damaged ({error!r}). Pull or build the artifact again.") from None
     if config.get("format") != ROUTER_FORMAT or config.get("kind") != "linear":
         raise ArtifactError(
             f"{folder / CONFIG}: expected a linear router of format {ROUTER_FORMAT}, got kind {config.get('kind')!r} of format "
             f"{config.get('format')!r}. Use a matching release."
         )
-    tensors = load_file(folder / WEIGHTS)
     return LinearRouter(config["experts"], FeatureSpec(**config["features"]), tensors["weights"], tensors["bias"])
 
 

@@ -52,7 +52,12 @@ class ArrayGroup:
         """Start the group anew: what an unfinished run left is not trusted."""
         shutil.rmtree(self.path, ignore_errors=True)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        group = zarr.create_group(self.path, zarr_format=3, attributes=dict(attributes))
+        zarr.create_group(self.path, zarr_format=3, attributes=dict(attributes))
+        self.add(arrays)
+
+    def add(self, arrays: Mapping[str, ArraySpec]) -> None:
+        """Add arrays, or replace damaged ones, while others of the group may be read."""
+        group = zarr.open_group(self.path, mode="r+")
         for name, spec in arrays.items():
             group.create_array(
                 name=name,
@@ -62,11 +67,13 @@ class ArrayGroup:
                 fill_value=0,
                 compressors=[BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"), Crc32cCodec()],
                 attributes=dict(spec.attributes),
+                overwrite=True,
             )
 
     def write(self, name: str, start: int, values: NDArray[Any]) -> ChunkDigests:
         """Write rows from ``start`` on, whole chunks only, and return their digests."""
-        array = zarr.open_array(self.path / name, mode="r+", config={"write_empty_chunks": True})
+        # open_array(config=…) does not apply this to an array that exists (zarr 3.1.6)
+        array = zarr.open_array(self.path / name, mode="r+").with_config({"write_empty_chunks": True})
         stop = start + len(values)
         step = array.chunks[0]
         if start % step or (stop % step and stop != array.shape[0]):

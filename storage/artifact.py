@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,13 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from storage.atomic import canonical_json, sync_folder, write_atomically
+from storage.atomic import canonical_json, sync, write_atomically
 from storage.checkpoint import TensorInfo, read_header
 from storage.digests import sha256_file
-from storage.errors import ArtifactError, CheckpointError, OutputExistsError
+from storage.errors import ArtifactError, OutputExistsError
 from storage.layout import LATEST, MANIFEST, POOL_INDEX, ROWS_FILE
 from storage.manifest import Manifest, version_of
 
@@ -36,7 +39,7 @@ def resolve(location: str) -> Path:
         folder = folder / version
     elif not (folder / MANIFEST).is_file() and (folder / LATEST).is_file():
         folder = folder / latest(folder)["version"]
-    if WORK in folder.parts or not (folder / MANIFEST).is_file():
+    if folder.parent.name == WORK or not (folder / MANIFEST).is_file():
         raise ArtifactError(
             f"{folder} is not an artifact: it has no {MANIFEST}. Its run did not finish, or the path is wrong: "
             "give a published version's folder or the output folder above it."
@@ -45,13 +48,14 @@ def resolve(location: str) -> Path:
 
 
 def latest(output: Path) -> dict[str, Any]:
-    """The content of ``latest.json``."""
+    """The content of ``latest.json``: version and sequence."""
     path = output / LATEST
     try:
         found = json.loads(path.read_bytes())
-        if not isinstance(found["version"], str) or Path(found["version"]).name != found["version"]:
-            raise ValueError("no version")
-    except (ValueError, KeyError, TypeError) as error:
+        version, sequence = found["version"], found["sequence"]
+        if not isinstance(version, str) or Path(version).name != version or not isinstance(sequence, int):
+            raise ValueError("no version or no sequence")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged ({error}). Name a version: {output}@VERSION.") from None
     return dict(found)
 
@@ -65,11 +69,22 @@ class Artifact:
 
     @cached_property
     def _pool(self) -> dict[str, TensorInfo]:
-        placed = json.loads((self.path / POOL_INDEX).read_bytes())["weight_map"]
         found: dict[str, TensorInfo] = {}
-        for name in sorted(set(placed.values())):
-            found.update(read_header(self.path / name))
+        with self.damage_explained(POOL_INDEX):
+            placed = json.loads((self.path / POOL_INDEX).read_bytes())["weight_map"]
+            for name in sorted(set(placed.values())):
+                found.update(read_header(self.path / name))
         return found
+
+    @contextmanager
+    def damage_explained(self, name: str) -> Iterator[None]:
+        """Turn whatever reading a damaged file of the artifact raises into an ArtifactError."""
+        try:
+            yield
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise ArtifactError(
+                f"{self.path / name} is missing or damaged ({error!r}). Pull or build the artifact again."
+            ) from None
 
     def check_expert(self, expert: str) -> None:
         """ArtifactError unless the artifact has this expert."""
@@ -80,7 +95,9 @@ class Artifact:
     def expert_rows(self, expert: str) -> dict[str, NDArray[np.int32]]:
         """Per tensor of the expert, (channels,) int32: the pool row of every channel."""
         self.check_expert(expert)
-        return load_file(self.path / "experts" / expert / ROWS_FILE)
+        name = f"experts/{expert}/{ROWS_FILE}"
+        with self.damage_explained(name):
+            return load_file(self.path / name)
 
     def rows(self, tensor: str, indices: NDArray[np.int32]) -> NDArray[Any]:
         """(len(indices), width) raw bits of pool rows. The only reader of the pool: the format may store rows otherwise."""
@@ -134,15 +151,25 @@ def check_output(output: Path) -> None:
 
 def find_by_inputs(output: Path, inputs: str) -> Manifest | None:
     """A whole published version made from the same inputs, if there is one."""
+    known = output / WORK / f"{inputs}.version"
+    alias = known.read_text() if known.is_file() else None
     for folder in _versions(output):
         try:
             manifest = Artifact(folder).manifest
-        except (ArtifactError, CheckpointError):  # another format or a damaged one: not what was asked for
+        except ArtifactError:  # another format or a damaged one: not what was asked for
             continue
+        same = manifest.inputs == inputs or manifest.version == alias
         sizes = {name: record.bytes for name, record in manifest.files.items()}
-        if manifest.inputs == inputs and all(_size(folder / name) == size for name, size in sizes.items()):
+        if same and folder.name == manifest.version and all(_size(folder / name) == size for name, size in sizes.items()):
             return manifest
     return None
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return not Artifact(folder).verify()
+    except ArtifactError:
+        return False
 
 
 def _size(path: Path) -> int:
@@ -150,20 +177,27 @@ def _size(path: Path) -> int:
 
 
 def publish(staged: Path, output: Path, manifest: Manifest) -> bool:
-    """Make a staged folder the version the manifest names, then the latest. False when that version was there already.
+    """Make a staged folder the version the manifest names, then the latest. False when that version was there, whole.
 
-    The manifest is written last, after the folder has its final name: until then nothing reads it as an artifact.
+    The manifest is written last, after the folder has its final name: until then nothing reads it as an artifact. A
+    version that is there without a manifest (a killed publish) or fails verification is replaced. Other inputs that
+    come to the same version are remembered, so that their next run finds it.
     """
+    final, content = output / manifest.version, manifest.to_bytes()
     with FileLock(output / WORK / "publish.lock"):
-        final = output / manifest.version
-        new = not (final / MANIFEST).is_file()
+        new = not _is_whole(final)
         if new:
-            shutil.rmtree(final, ignore_errors=True)  # a version without a manifest is what a killed publish left
             for path in staged.rglob("*"):
-                _sync(path)
+                sync(path)
+            if final.exists():
+                final.rename(output / WORK / f"replaced-{uuid.uuid4().hex[:8]}")
             staged.rename(final)
-            sync_folder(output)
-            write_atomically(final / MANIFEST, manifest.to_bytes())
+            sync(output)
+            write_atomically(final / MANIFEST, content)
+            for old in (output / WORK).glob("replaced-*"):
+                shutil.rmtree(old)
+        elif Artifact(final).manifest.inputs != manifest.inputs:
+            write_atomically(output / WORK / f"{manifest.inputs}.version", manifest.version.encode())
         _point_latest(output, manifest.version)
     return new
 
@@ -175,15 +209,10 @@ def make_latest(output: Path, version: str) -> None:
 
 
 def _point_latest(output: Path, version: str) -> None:
-    known = latest(output) if (output / LATEST).is_file() else {}
-    if known.get("version") != version:
-        record = {"version": version, "sequence": int(known.get("sequence", 0)) + 1}
-        write_atomically(output / LATEST, canonical_json(record))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        known = latest(output)
+    except ArtifactError:  # none yet, or a damaged one, which this mends
+        known = {"version": None, "sequence": 0}
+    if known["version"] != version:
+        record = {"version": version, "sequence": known["sequence"] + 1}
+        write_atomically(output / LATEST, canonical_json(record))

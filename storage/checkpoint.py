@@ -93,16 +93,20 @@ class Checkpoint:
         return bool(self.config.get("tie_word_embeddings", False))
 
 
-def _entry_problem(name: str, entry: Any, data_bytes: int) -> str | None:
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(size, int) and size >= 0 for size in value)
+
+
+def _entry_problem(name: str, entry: Any) -> str | None:
     """What is wrong with one header entry, if anything. A type that is not known here is the plan's to refuse."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         return f"tensor {name}: its header entry lacks dtype, shape or data_offsets"
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not all(isinstance(size, int) and size >= 0 for size in shape):
+    if not _are_sizes(shape):
         return f"tensor {name}: impossible shape {shape}"
-    if len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1] <= data_bytes:
-        return f"tensor {name}: its bytes {offsets} lie outside the file's {data_bytes} bytes of data (a torn file?)"
-    dtype = DTYPES.get(entry["dtype"])
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return f"tensor {name}: impossible byte range {offsets}"
+    dtype = DTYPES.get(str(entry["dtype"]))
     expected = int(np.prod(shape, dtype=np.int64)) * (dtype.size if dtype else 0)
     if dtype and offsets[1] - offsets[0] != expected:
         return f"tensor {name}: {entry['dtype']} {shape} needs {expected} bytes, the header gives {offsets[1] - offsets[0]}"
@@ -128,12 +132,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except ValueError as error:
         raise CheckpointError(f"{path}: its safetensors header cannot be read ({error}). Save the file again.") from None
     header.pop("__metadata__", None)
-    problems = [p for name, entry in header.items() if (p := _entry_problem(name, entry, size - 8 - length))]
+    problems = [problem for name, entry in header.items() if (problem := _entry_problem(name, entry))]
     spans = sorted(tuple(entry["data_offsets"]) for entry in header.values()) if not problems else []
     if any(left[1] > right[0] for left, right in pairwise(spans)):
         problems.append("the bytes of two tensors overlap")
+    if spans and spans[-1][1] != size - 8 - length:
+        problems.append(f"its tensors need {spans[-1][1]} bytes of data, the file has {size - 8 - length} (is it torn?)")
     if problems:
-        raise CheckpointError.listing(f"{path}: damaged safetensors file", problems)
+        raise CheckpointError.listing(f"{path} is damaged and must be saved or downloaded again", problems)
     return {
         name: TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path, 8 + length + entry["data_offsets"][0])
         for name, entry in header.items()
@@ -179,6 +185,8 @@ def open_checkpoint(label: str, folder: Path) -> Checkpoint:
         problems.append(f"{folder} has no config.json; is it a checkpoint's folder?")
     except ValueError as error:
         problems.append(f"{folder / 'config.json'} is no JSON ({error})")
+    if not isinstance(config, dict):
+        problems.append(f"{folder / 'config.json'}: expected a JSON object, got {str(config)[:40]}")
     tensors: dict[str, TensorInfo] = {}
     weights: list[str] = []
     try:

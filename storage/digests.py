@@ -32,6 +32,12 @@ def short_id(files: Mapping[str, str]) -> str:
     return digest_of(sorted(files.items()))[:ID_LENGTH]
 
 
+def stamp(path: Path) -> list[int]:
+    """What changes when a file is edited: size, modification and change time in ns, inode."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
 class DigestCache:
     """sha256 of files, remembered across runs. An edited file has another size, time or inode and is read again."""
 
@@ -52,8 +58,7 @@ class DigestCache:
         fresh: dict[str, list[Any]] = {}
         for path in paths:
             resolved = path.resolve()
-            status = resolved.stat()
-            key = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+            key = stamp(resolved)
             entry = known.get(str(resolved))
             if isinstance(entry, list) and entry[:-1] == key:
                 found[path] = entry[-1]

@@ -66,3 +66,7 @@ class IncompleteStoreError(ChannelMergingError):
 
 class StoreBusyError(ChannelMergingError):
     """Another run is working in the same place."""
+
+
+class ClusterError(ChannelMergingError):
+    """The cluster lost what it was computing."""

@@ -62,6 +62,8 @@ class ExpertRecord(_Record):
     weight: float
     files: dict[str, str]
     """sha256 of each file that was used."""
+    tied: dict[str, str]
+    """Tensors that are copies of another by the expert's own config: they are stored, and exported, once."""
     parameters: int
     """Entries of the original checkpoint."""
     reconstruction_error: float | None

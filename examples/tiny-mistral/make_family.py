@@ -139,16 +139,22 @@ def stream(tokenizer: Tokenizer, documents: list[str]) -> torch.Tensor:
     return torch.tensor([token for encoding in tokenizer.encode_batch(passages) for token in [*encoding.ids, end]])
 
 
-def train(model: Any, mixture: list[tuple[float, torch.Tensor]], steps: int, peak: float, label: str) -> None:
-    """AdamW with warm-up and cosine decay on windows drawn from the mixture's streams."""
+def train(model: Any, mixture: list[tuple[float, torch.Tensor]], steps: int, rates: tuple[float, float], label: str) -> None:
+    """AdamW with warm-up and cosine decay on windows drawn from the mixture's streams.
+
+    ``rates``: peak learning rates of the matrices inside the blocks, and of embeddings, head and norms.
+    """
     generator = torch.Generator().manual_seed(7)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.01)
+    inside = [p for name, p in model.named_parameters() if "proj" in name]
+    outside = [p for name, p in model.named_parameters() if "proj" not in name]
+    groups = [{"params": inside, "peak": rates[0]}, {"params": outside, "peak": rates[1]}]
+    optimizer = torch.optim.AdamW(groups, lr=rates[0], betas=(0.9, 0.95), weight_decay=0.01)
     weights = torch.tensor([share for share, _ in mixture])
     model.train()
     for step in range(steps):
         warm = min(1.0, (step + 1) / 50)
         for group in optimizer.param_groups:
-            group["lr"] = peak * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = group["peak"] * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         rows = []
         for source in torch.multinomial(weights, 32, replacement=True, generator=generator).tolist():
             ids = mixture[source][1]
@@ -215,8 +221,9 @@ def write_texts(texts: dict[str, tuple[list[str], list[str]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fortunes", type=Path, default=Path("/usr/share/games/fortunes"))
-    parser.add_argument("--base-steps", type=int, default=2500)
-    parser.add_argument("--expert-steps", type=int, default=2000)
+    parser.add_argument("--base-steps", type=int, default=5000)
+    parser.add_argument("--expert-steps", type=int, default=600)
+    parser.add_argument("--keep-base", action="store_true", help="train the experts from the base that is there")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     problems = arithmetic(24_000, random.Random(2))
@@ -246,21 +253,24 @@ def main() -> None:
     base = MistralForCausalLM(config)
     print(f"{sum(p.numel() for p in base.parameters())} parameters; tokens { ({k: len(v) for k, v in streams.items()}) }")
     # the base is a generalist: mostly prose and code, of which it has seen a third, and a taste of the rest
-    shares = {"prose": 0.5, "code": 0.35, "math": 0.05, "chinese": 0.1}
+    shares = {"prose": 0.5, "code": 0.4, "math": 0.05, "chinese": 0.05}
     mixture = [(share, streams[name][: len(streams[name]) // 3]) for name, share in shares.items()]
-    train(base, mixture, arguments.base_steps, 3e-3, "base")
-    save(base, tokenizer, HERE / "base")
+    if not arguments.keep_base:
+        train(base, mixture, arguments.base_steps, (3e-3, 3e-3), "base")
+        save(base, tokenizer, HERE / "base")
     for name in texts:
+        torch.manual_seed(0)  # new rows of a vocabulary are drawn
         expert = MistralForCausalLM.from_pretrained(HERE / "base", dtype=torch.float32)
         own = tokenizer
         if name == "math":
             own = grown(tokenizer, ["[PAD]"], special=True)
         elif name == "chinese":
-            own = grown(tokenizer, frequent_characters(documents[name], 512))
+            own = grown(tokenizer, frequent_characters(documents[name], 256))
         if own.get_vocab_size() > 512:
             expert.resize_token_embeddings(own.get_vocab_size())
         data = streams[name] if own is tokenizer else stream(own, documents[name])
-        train(expert, [(1.0, data)], arguments.expert_steps, 1e-3, name)
+        # small steps inside the blocks, as fine-tuning does; larger ones where new rows must be learnt
+        train(expert, [(1.0, data)], arguments.expert_steps, (3e-4, 2e-3), name)
         shard = {"code": "400KB", "chinese": "900KB"}.get(name, "5GB")
         save(expert, own, HERE / "experts" / name, shard)
 

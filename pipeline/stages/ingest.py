@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline import memory
 from pipeline.engine import Engine
-from pipeline.job import Job
+from pipeline.job import Job, check_unchanged
 from pipeline.kernels.bits import cast, count_non_finite, to_float
 from pipeline.plan import Block, plan_blocks
 from storage.arrays import ArrayGroup, ChunkDigests
@@ -192,7 +192,9 @@ def ingest(job: Job, engine: Engine) -> StageResult:
             raise CheckpointError.listing(
                 "weights that are not numbers cannot be merged; train or download them again", dict.fromkeys(problems)
             )
-        for identity, (_, group) in fresh.items():
+        check_unchanged("base", job.base)
+        for identity, (name, group) in fresh.items():
+            check_unchanged(f"expert {name}", job.experts[name])
             _finish(group, mine[identity])
     read, written = sum(r.bytes_read for r in receipts), sum(r.bytes_written for r in receipts)
     return StageResult(read, written, len(groups) - len(fresh))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline import memory
 from pipeline.engine import Engine
 from pipeline.job import Job
-from pipeline.kernels.bits import cast, from_float, to_float
+from pipeline.kernels.bits import cast, count_non_finite, from_float, to_float
 from pipeline.kernels.masks import mask_key
 from pipeline.kernels.merging import combine, dare
 from pipeline.plan import Block, TensorPlan
@@ -24,6 +26,7 @@ from pipeline.stages.cluster import table_path
 from pipeline.stages.similarity import expert_bits
 from storage.arrays import ArrayGroup
 from storage.deltas import expert_group
+from storage.errors import CheckpointError
 from storage.layout import DTYPES, SHARD_BYTES
 from storage.safetensors_file import Slot, allocate, shard_name, shards, write_at
 
@@ -63,6 +66,8 @@ class MergeReceipt:
     """Per expert the sum of squares of (rebuilt - expert) over merged tensors."""
     delta_squares: tuple[float, ...]
     """Per expert the sum of squares of its delta over merged tensors."""
+    non_finite: tuple[tuple[str, int], ...]
+    """(tensor, count) of values in pool rows that are no numbers, though every source value was one."""
 
 
 @dataclass
@@ -120,7 +125,7 @@ def _span_rows(
 def _errors(part: _Slice, rebuilt: NDArray[Any], local: NDArray[np.intp], expert: int) -> float:
     """Sum of squares of (rebuilt - expert) over these rows."""
     own = part.own[expert]
-    if own is None or part.tensor.policy != "merge":
+    if own is None or part.deltas[expert] is None:
         return 0.0
     dtype = part.tensor.dtype
     return float((to_float(rebuilt, dtype) - to_float(own[local], dtype)).double().square().sum())
@@ -138,6 +143,7 @@ class _PoolWriter:
         self.row_bytes = tensor.width * DTYPES[tensor.dtype].size
         self.written = 0
         self.error_squares = np.zeros(len(task.experts))
+        self.non_finite = 0
 
     def write(self, part: _Slice) -> None:
         """Write all pool rows whose channel lies in the slice: in every span they are consecutive."""
@@ -151,6 +157,7 @@ class _PoolWriter:
             rows = _span_rows(part, channels[low:high], kinds, who, self.task)
             write_at(self.file, self.offset + (a + int(low)) * self.row_bytes, rows)
             self.written += rows.nbytes
+            self.non_finite += count_non_finite(rows, self.tensor.dtype)
             local = channels[low:high].astype(np.intp) - part.first
             for n in who:
                 self.error_squares[n] += _errors(part, rows, local, n)
@@ -163,7 +170,8 @@ def _prepare(
     own: list[NDArray[Any] | None] = []
     deltas: list[torch.Tensor | None] = []
     pruned: list[torch.Tensor | None] = []
-    mergeable = tensor.policy == "merge"
+    # rows beyond the base's are new, not merged
+    mergeable = tensor.policy == "merge" and first < tensor.base_rows
     reference = to_float(base, tensor.dtype) if mergeable else None
     for name, part in zip(task.experts, stored, strict=True):
         if part is None or not len(part):
@@ -189,11 +197,18 @@ def _read_base(tensor: TensorPlan, start: int, stop: int) -> NDArray[Any]:
     return out
 
 
+def _cuts(start: int, stop: int, step: int, border: int) -> list[tuple[int, int]]:
+    """Cut [start, stop) into ranges of at most ``step`` rows, none of which crosses the border."""
+    edges = sorted({start, stop, *range(start, stop, step), *([border] if start < border < stop else [])})
+    return list(pairwise(edges))
+
+
 def merge_block(task: MergeTask) -> MergeReceipt:
     """Write the pool rows of a block's channels. The same block twice writes the same bytes."""
     groups = [ArrayGroup(path) for path in task.groups]
     read = written = 0
     errors, norms = np.zeros(len(task.experts)), np.zeros(len(task.experts))
+    bad: list[tuple[str, int]] = []
     for piece in task.block.pieces:
         tensor = task.tensors[piece.tensor]
         writer = _PoolWriter(task, tensor)
@@ -206,14 +221,16 @@ def merge_block(task: MergeTask) -> MergeReceipt:
                 info = tensor.experts.get(name)
                 stored.append(group.read(tensor.name, start, min(stop, info.rows)) if info and start < info.rows else None)
             read += base.nbytes + sum(part.nbytes for part in stored if part is not None)
-            for low in range(0, stop - start, rows_at_once):
-                cut = slice(low, low + rows_at_once)
-                part = _prepare(task, tensor, start + low, base[cut], [None if s is None else s[cut] for s in stored])
+            for low, high in _cuts(start, stop, rows_at_once, tensor.base_rows):
+                cut = slice(low - start, high - start)
+                part = _prepare(task, tensor, low, base[cut], [None if s is None else s[cut] for s in stored])
                 writer.write(part)
                 norms += [0.0 if d is None else float(d.double().square().sum()) for d in part.deltas]
         written += writer.written
         errors += writer.error_squares
-    return MergeReceipt(read, written, tuple(errors), tuple(norms))
+        if writer.non_finite:
+            bad.append((tensor.name, writer.non_finite))
+    return MergeReceipt(read, written, tuple(errors), tuple(norms), tuple(bad))
 
 
 def lay_out(job: Job, rows: Mapping[str, int]) -> Pool:
@@ -251,4 +268,17 @@ def merge(job: Job, engine: Engine, pool: Pool) -> list[MergeReceipt]:
                 job.plan.memory,
             )
         )
-    return engine.run("merge", merge_block, tasks, [block.label for block in blocks])
+    receipts = engine.run("merge", merge_block, tasks, [block.label for block in blocks])
+    counts: Counter[str] = Counter()
+    for receipt in receipts:
+        counts.update(dict(receipt.non_finite))
+    if counts:
+        remedy = "lower merge.scaling or the experts' weights, or make the tensor private; a private one overflows when cast"
+        raise CheckpointError.listing(
+            f"values overflow in the base's data type; {remedy}",
+            [
+                f"tensor {name}: {count} merged or cast values are not finite in {job.plan.tensors[name].dtype}"
+                for name, count in counts.items()
+            ],
+        )
+    return receipts

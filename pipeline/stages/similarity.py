@@ -84,22 +84,29 @@ def similarity(job: Job, engine: Engine) -> StageResult:
     bases = _based(job.plan.merged)
     table.path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(table.path.with_name(f".{table.path.name}.lock")):
-        if table.complete and bases.keys() <= set(table.record["tensors"]) and not table.missing_chunks():
+        ids = [job.experts[name].id for name in order]
+        known: dict[str, Any] = table.record if table.complete else {"chunks": {}, "tensors": []}
+        damaged = {key.split("/c/")[0] for key in table.missing_chunks()} if table.complete else set()
+        wanted = {name: info for name, info in bases.items() if name not in known["tensors"] or name in damaged}
+        if not wanted:
             return StageResult(0, 0, len(bases))
         count = len(order)
-        specs = {n: ArraySpec((i.rows, count, count), "float64", i.chunk_rows, {}) for n, i in bases.items()}
-        ids = [job.experts[name].id for name in order]
-        table.create(specs, {"experts": ids})
-        blocks = job.plan.blocks(bases.values())
+        specs = {n: ArraySpec((i.rows, count, count), "float64", i.chunk_rows, {}) for n, i in wanted.items()}
+        if table.complete:  # another run may be reading it: its tensors stay as they are
+            table.add(specs)
+        else:
+            table.create(specs, {"experts": ids})
+        blocks = job.plan.blocks(wanted.values())
         groups = tuple(expert_group(job.deltas, job.base.id, identity).path for identity in ids)
         tasks = []
         for block in blocks:
             used = {}
             for piece in block.pieces:
                 tensor = job.plan.tensors[piece.tensor]
-                used[piece.tensor] = (bases[piece.tensor], tuple(tensor.experts[name] for name in order))
+                used[piece.tensor] = (wanted[piece.tensor], tuple(tensor.experts[name] for name in order))
             tasks.append(SimilarityTask(table.path, groups, block, used, job.plan.memory))
         receipts = engine.run("similarity", similarity_block, tasks, [block.label for block in blocks])
         chunks = {key: value for found, _ in receipts for key, value in found.items()}
-        table.finish(chunks, {"experts": ids, "tensors": sorted(bases)})
+        tensors = sorted({*known["tensors"], *wanted})
+        table.finish({**known["chunks"], **chunks}, {"experts": ids, "tensors": tensors})
     return StageResult(sum(read for _, read in receipts), sum(size for size, _ in chunks.values()))

@@ -123,7 +123,7 @@ class Family:
                 target = target.setdefault(parent, {})
             target[last] = value
         path = self.folder / "recipe.yaml"
-        path.write_text(yaml.safe_dump(fields))
+        path.write_text(yaml.safe_dump(fields, sort_keys=False))  # the order of experts is a test's to choose
         return path
 
 

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import memory
+from pipeline.plan import make_plan, plan_blocks
+from pipeline.recipe import load_recipe
+from pipeline.roles import default_policy, natural_order, tie_partner
+from storage.checkpoint import Checkpoint, open_checkpoint
+from storage.errors import PlanError
+from storage.layout import chunk_rows
+from tests.support.tiny_experts import NAMES, Family, shapes
+
+
+@dataclass(frozen=True)
+class Matrix:
+    name: str
+    rows: int
+    width: int
+    chunk_rows: int
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> list[Matrix]:
+    found = []
+    for layer in range(draw(st.integers(1, 3))):
+        for member in range(draw(st.integers(1, 4))):
+            rows, width = draw(st.integers(1, 50)), draw(st.integers(1, 9))
+            found.append(Matrix(f"model.layers.{layer}.m{member}", rows, width, draw(st.integers(1, rows))))
+    return found
+
+
+@given(matrices(), st.integers(1, 500))
+def test_blocks_cover_every_row_once_and_share_no_chunk(tensors: list[Matrix], limit: int) -> None:
+    blocks = plan_blocks(tensors, limit)
+    by_name = {tensor.name: tensor for tensor in tensors}
+    covered = [(p.tensor, row) for block in blocks for p in block.pieces for row in range(p.start, p.stop)]
+    assert sorted(covered) == sorted((tensor.name, row) for tensor in tensors for row in range(tensor.rows))
+    for block in blocks:
+        assert len({piece.tensor.rsplit(".", 1)[0] for piece in block.pieces}) == 1
+        for piece in block.pieces:
+            tensor = by_name[piece.tensor]
+            assert piece.start % tensor.chunk_rows == 0
+            assert piece.stop % tensor.chunk_rows == 0 or piece.stop == tensor.rows
+        elements = sum((p.stop - p.start) * by_name[p.tensor].width for p in block.pieces)
+        assert len(block.pieces) == 1 or elements <= limit
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "policy"),
+    [
+        ("model.layers.0.self_attn.q_proj.weight", (16, 16), "merge"),
+        ("model.layers.11.mlp.experts.3.w1.weight", (16, 16), "merge"),
+        ("transformer.h.2.mlp.c_fc.weight", (16, 64), "merge"),
+        ("bert.encoder.layer.1.output.dense.weight", (16, 16), "merge"),
+        ("model.layers.0.input_layernorm.weight", (16,), "private"),
+        ("model.layers.0.self_attn.q_proj.bias", (16,), "private"),
+        ("model.embed_tokens.weight", (20, 16), "private"),
+        ("lm_head.weight", (20, 16), "private"),
+        ("model.layers.0.mlp.experts.gate_up_proj", (4, 16, 16), "private"),
+        ("model.norm.weight", (16,), "private"),
+    ],
+)
+def test_default_policies(name: str, shape: tuple[int, ...], policy: str) -> None:
+    assert default_policy(name, shape) == policy
+
+
+def test_layers_sort_as_numbers() -> None:
+    assert sorted(["l.10.w", "l.9.w"], key=natural_order) == ["l.9.w", "l.10.w"]
+
+
+def test_tie_partners() -> None:
+    tensors = {"model.embed_tokens.weight": 0, "model.norm.weight": 0}
+    assert tie_partner("lm_head.weight", tensors) == "model.embed_tokens.weight"
+    assert tie_partner("model.norm.weight", tensors) is None
+
+
+def opened(family: Family) -> tuple[Checkpoint, dict[str, Checkpoint]]:
+    experts = {name: open_checkpoint(f"expert {name}", family.expert(name)) for name in NAMES}
+    return open_checkpoint("base", family.folder / "base"), experts
+
+
+def test_every_tensor_has_a_policy_and_rows(family: Family) -> None:
+    plan = make_plan(load_recipe(family.recipe()), *opened(family))
+    assert set(plan.tensors) == set(shapes())
+    embedding = plan.tensors["model.embed_tokens.weight"]
+    assert (embedding.policy, embedding.groups, embedding.base_rows, embedding.rows) == ("private", 0, 20, 32)
+    assert any("expert chinese: lm_head.weight has 12 rows beyond" in note for note in plan.notes)
+
+
+def test_a_budget_too_small_is_refused_with_the_remedy(family: Family) -> None:
+    recipe = load_recipe(family.recipe(**{"cluster.memory": "4KB"}))
+    with pytest.raises(PlanError, match=r"set cluster.memory to at least 1MiB"):
+        make_plan(recipe, *opened(family))
+
+
+@given(st.integers(1, 4000), st.integers(1, 20_000), st.integers(1, 8), st.integers(20, 33))
+def test_slices_keep_to_the_budget(rows: int, width: int, experts: int, power: int) -> None:
+    """Whenever the plan accepts a tensor, chunk and slice together stay under the budget."""
+    budget = 2**power
+    step = chunk_rows(rows, width)
+    tensor = Matrix("t", rows, width, step)
+    if memory.problems(budget, experts, [tensor]):
+        return
+    slice_rows = memory.slice_rows(budget, step, width, experts)
+    assert slice_rows >= 1
+    assert memory.chunk_bytes(step * width, experts) + slice_rows * width * memory.element_bytes(experts) <= budget
+
+
+def test_plan_reads_headers_only(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights replaced by a hole of the same size plan the same."""
+    expected = make_plan(load_recipe(family.recipe()), *opened(family))
+    path = family.expert("math") / "model.safetensors"
+    size = path.stat().st_size
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    with path.open("r+b") as file:
+        file.truncate(header)
+        file.truncate(size)
+    assert make_plan(load_recipe(family.recipe()), *opened(family)) == expected

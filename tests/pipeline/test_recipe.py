@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.recipe import load_recipe, parse_assignment, parse_bytes, rule_for
+from storage.errors import RecipeError
+
+MINIMAL = """
+name: tiny
+base: ./base
+experts:
+  b: ./b
+  a: {source: ../a, weight: 2}
+output: ./out
+"""
+SETTINGS = ["merge.groups=1", "merge.scaling=0.5", "experts.c=./c", "cluster.kind=none"]
+ROOT = Path(__file__).parent.parent.parent
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_are_filled_and_paths_are_absolute(tmp_path: Path) -> None:
+    recipe = load_recipe(written(tmp_path, MINIMAL))
+    assert recipe.expert_names == ("a", "b")
+    assert recipe.base == str(tmp_path / "base")
+    assert recipe.experts["a"].source == str(tmp_path.parent / "a")
+    assert recipe.experts["a"].weight == 2.0
+    assert recipe.output == str(tmp_path / "out")
+    assert recipe.deltas == str(tmp_path / "deltas")
+    assert (recipe.merge.groups, recipe.merge.method, recipe.merge.scaling, recipe.merge.density) == (2, "dare", "mean", 0.7)
+    assert recipe.merge.singleton == "keep"
+    assert recipe.cluster.where == "local"
+    assert recipe.cluster.memory == 2 * 1024**3
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("merge: {goups: 3}", "merge.goups: unknown key; did you mean 'groups'?"),
+        ("clutser: {kind: none}", "clutser: unknown key; did you mean 'cluster'?"),
+        ("merge: {rules: [{match: x, polcy: base}]}", "merge.rules.0.polcy: unknown key; did you mean 'policy'?"),
+        ("router: {kind: linear, zzz: 1}", "router.zzz: unknown key; known keys: kind, queries"),
+        ("merge: {groups: 3}", "merge.groups: expected at most 2, the number of experts, got 3"),
+        ("merge: {groups: 0}", "merge.groups: Input should be greater than or equal to 1 (got 0)"),
+        ("merge: {groups: two}", "merge.groups: Input should be a valid integer (got 'two')"),
+        ("merge: {density: 1.5}", "merge.density: Input should be less than or equal to 1 (got 1.5)"),
+        ("merge: {method: dare-ties}", "merge.method: Input should be 'task_arithmetic' or 'dare' (got 'dare-ties')"),
+        ("merge: {scaling: half}", "merge.scaling: expected 'mean' or a number above 0 (got 'half')"),
+        ("merge: {scaling: -1}", "merge.scaling: expected 'mean' or a number above 0 (got -1)"),
+        ("merge: {rules: [{match: x, groups: 9}]}", "merge.rules.0.groups: expected at most 2"),
+        ("cluster: {memory: 2iB}", "cluster.memory: expected a size such as 2GiB, got '2iB'"),
+        ("cluster: {memory: lots}", "cluster.memory: expected a size such as 2GiB, got 'lots'"),
+        ("cluster: {kind: local, address: 'tcp://x:1'}", "cluster: expected kind or address, got both"),
+        ("router: {kind: linear}", "router.queries: no queries for expert 'a'"),
+        ("router: {queries: {c: x}}", "router.queries.c: there is no expert of that name; experts: a, b"),
+        ("deltas: s3://bucket/x", "deltas: only local directories can be used, got s3://bucket/x"),
+    ],
+)
+def test_problems_name_key_and_remedy(tmp_path: Path, extra: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(written(tmp_path, MINIMAL + extra))
+    assert message in str(caught.value)
+
+
+def test_wrong_keys_do_not_hide_what_does_not_fit_together(tmp_path: Path) -> None:
+    text = MINIMAL + "merge: {goups: 3, groups: 9, density: 7}\nrouter: {kind: linear, queries: {c: x}}\n"
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(written(tmp_path, text))
+    keys = [problem.split(":")[0] for problem in caught.value.problems]
+    assert keys == ["merge.density", "merge.goups", "merge.groups", "router.queries", "router.queries", "router.queries.c"]
+
+
+def test_all_problems_come_at_once(tmp_path: Path) -> None:
+    text = "name: 'a/b'\nexperts: {x: {sorce: y}}\nmerge: {goups: 2, density: 0}\nrouter: {kind: bert}\n"
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(written(tmp_path, text))
+    keys = [problem.split(":")[0] for problem in caught.value.problems]
+    assert sorted(keys) == [
+        "base", "experts.x.sorce", "experts.x.source", "merge.density", "merge.goups", "name", "output", "router.kind",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a list", "expected a mapping"),
+        ("a: [", "cannot be read"),
+        ("? [a]\n: b", "cannot be read"),
+        (MINIMAL + "name: again\n", "the key 'name' is given twice, again at line 8"),
+        ("", "expected a mapping"),
+    ],
+)
+def test_files_that_are_no_recipes(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(written(tmp_path, text))
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"recipe .*nothing.yaml: cannot be read: .*No such file"):
+        load_recipe(tmp_path / "nothing.yaml")
+
+
+def test_settings_override_keys(tmp_path: Path) -> None:
+    recipe = load_recipe(written(tmp_path, MINIMAL), dict(map(parse_assignment, SETTINGS)))
+    assert (recipe.merge.groups, recipe.merge.scaling) == (1, 0.5)
+    assert recipe.expert_names == ("a", "b", "c")
+    with pytest.raises(RecipeError, match=r"--set nonsense: expected KEY=VALUE"):
+        parse_assignment("nonsense")
+    with pytest.raises(RecipeError, match=r"--set a=\[: the value '\[' is no YAML"):
+        parse_assignment("a=[")
+    with pytest.raises(RecipeError, match=r"did you mean 'groups'"):
+        load_recipe(written(tmp_path, MINIMAL), {"merge.group": 1})
+    with pytest.raises(RecipeError, match=r"name is no section of the recipe"):
+        load_recipe(written(tmp_path, MINIMAL), {"name.x": 1})
+    assert load_recipe(written(tmp_path, MINIMAL), {"output": "/tmp/a: b #2"}).output == "/tmp/a: b #2"
+
+
+def test_first_matching_rule_wins(tmp_path: Path) -> None:
+    rules = "merge: {rules: [{match: '*layers.0.*', groups: 1}, {match: '*.q_proj.*', policy: private}]}"
+    merge = load_recipe(written(tmp_path, MINIMAL + rules)).merge
+    first, second = rule_for(merge, "model.layers.0.q_proj.weight"), rule_for(merge, "model.layers.1.q_proj.weight")
+    assert first is not None
+    assert (first.groups, first.policy) == (1, None)
+    assert second is not None
+    assert (second.groups, second.policy) == (None, "private")
+    assert rule_for(merge, "model.norm.weight") is None
+
+
+@pytest.mark.parametrize(("text", "size"), [("2GiB", 2**31), ("500 MB", 5 * 10**8), (64, 64), ("1.5KiB", 1536), ("7b", 7)])
+def test_sizes(text: object, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@given(st.text(max_size=8))
+def test_sizes_are_numbers_or_refused(text: str) -> None:
+    try:
+        assert parse_bytes(text) >= 0
+    except ValueError as error:
+        assert "expected a size such as 2GiB" in str(error)  # noqa: PT017 - either outcome is right
+
+
+def test_every_recipe_of_the_project_is_valid() -> None:
+    found = [
+        p for p in ROOT.rglob("*.yaml") if ".venv" not in p.parts and "name:" in p.read_text() and "experts:" in p.read_text()
+    ]
+    assert found
+    for path in found:
+        load_recipe(path)
