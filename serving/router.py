@@ -82,15 +82,18 @@ def load_router(folder: Path) -> LinearRouter:
     """The router of a folder with ``router.json`` and ``router.safetensors``."""
     try:
         config = json.loads((folder / CONFIG).read_bytes())
+        found = config.get("kind"), config.get("format")
+        if found != ("linear", ROUTER_FORMAT):
+            raise ArtifactError(
+                f"{folder / CONFIG}: expected a linear router of format {ROUTER_FORMAT}, got kind {found[0]!r} of format "
+                f"{found[1]!r}. Use a matching release."
+            )
         tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+        return LinearRouter(config["experts"], FeatureSpec(**config["features"]), tensors["weights"], tensors["bias"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        if isinstance(error, ArtifactError):
+            raise
         raise ArtifactError(f"{folder}: its router is damaged ({error!r}). Pull or build the artifact again.") from None
-    if config.get("format") != ROUTER_FORMAT or config.get("kind") != "linear":
-        raise ArtifactError(
-            f"{folder / CONFIG}: expected a linear router of format {ROUTER_FORMAT}, got kind {config.get('kind')!r} of format "
-            f"{config.get('format')!r}. Use a matching release."
-        )
-    return LinearRouter(config["experts"], FeatureSpec(**config["features"]), tensors["weights"], tensors["bias"])
 
 
 def artifact_router(artifact: Artifact) -> LinearRouter:

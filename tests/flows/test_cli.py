@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.engine import Silent, open_engine
+from pipeline.recipe import ClusterSection
+from storage.errors import ClusterError
 from tests.pipeline.test_invariants import router_of
 from tests.support.running import command
 from tests.support.tiny_experts import Family, read_checkpoint
@@ -193,6 +198,7 @@ def test_bad_input_is_one_clear_error(family: Family, breakage: Breakage, messag
         (["export", "output", "poetry", "x"], "has no expert 'poetry'; it has chinese, code, instruct, math"),
         (["export", "output", "math", "family"], "exists and is not an empty folder"),
         (["route", "output", "hello"], "has no router. Build it with router.kind: linear"),
+        (["run", "family/recipe.yaml", "--set", "merge.groups=["], "--set merge.groups=[: the value '[' is no YAML"),
         (["run", "family/recipe.yaml", "--cluster", "gpu"], "--cluster: expected local, none or tcp://host:port, got 'gpu'"),
     ],
 )
@@ -211,6 +217,48 @@ def test_after_bad_weights_are_mended_the_run_goes_through(family: Family) -> No
     for name, raw in original.items():
         (family.expert(name) / "model.safetensors").write_bytes(raw)
     assert command("run", recipe).returncode == 0
+
+
+def test_an_unexpected_failure_is_exit_code_3(family: Family, tmp_path: Path) -> None:
+    """Not 1, which means that the answer is no; the traceback is there for who asks."""
+    assert command("run", family.recipe()).returncode == 0
+    (tmp_path / "file").write_text("")
+    done = command("export", tmp_path / "output", "math", tmp_path / "file" / "x")
+    assert done.returncode == 3
+    assert done.stderr.startswith("error: the run failed: [Errno 17] File exists")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_worker_that_dies_again_and_again_is_explained(tmp_path: Path) -> None:
+    message = r"merge: layer 7: every worker that tried this block died, 4 of them"
+    with open_engine(ClusterSection(kind="local", workers=1), Silent()) as engine, pytest.raises(ClusterError, match=message):
+        engine.run("merge", die, [None], ["layer 7"])
+
+
+def die(task: None) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_output_folders_may_have_any_name(family: Family, tmp_path: Path) -> None:
+    place = tmp_path / "out #2: [draft]"
+    done = command("run", family.recipe(), "--output", place)
+    assert done.returncode == 0, done.stderr
+    assert command("verify", place).returncode == 0
+    assert command("export", place, "math", ".", cwd=make_folder(tmp_path / "here")).returncode == 0
+    assert (tmp_path / "here" / "model.safetensors").is_file()
+
+
+def test_sources_are_shown_as_they_are(family: Family, tmp_path: Path) -> None:
+    moved = tmp_path / "[a] [bold]"
+    shutil.move(family.folder, moved)
+    recipe = Family(moved, family.base, family.experts).recipe(output=str(tmp_path / "output"))
+    assert command("run", recipe).returncode == 0
+    assert "[a] [bold]/math" in command("inspect", tmp_path / "output").stdout
+
+
+def make_folder(path: Path) -> Path:
+    path.mkdir()
+    return path
 
 
 HEAVY = {"torch", "dask", "distributed", "sklearn", "transformers", "prefect", "dask_ml"}

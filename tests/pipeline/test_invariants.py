@@ -14,8 +14,12 @@ from distributed import Client, LocalCluster
 
 from flows.run import Outcome
 from pipeline import memory
+from pipeline.job import plan_recipe
+from pipeline.recipe import load_recipe
 from storage import layout
 from storage.artifact import Artifact
+from storage.deltas import create_expert_group
+from storage.errors import CheckpointError
 from tests.support.reference import as_float64, ulps
 from tests.support.running import merged, rebuilt
 from tests.support.tiny_experts import NAMES, Family, Tensors, read_checkpoint, write_checkpoint, write_family
@@ -129,26 +133,35 @@ def running() -> Any:
         yield four.scheduler_address
 
 
-def variations(address: str) -> list[tuple[str, dict[str, Any]]]:
-    return [
-        ("four workers", {"cluster": {"address": address}}),
-        ("one worker", {"cluster": {"kind": "local", "workers": 1}}),
-        ("small blocks", {"cluster": {"kind": "none", "memory": "512KiB"}}),
-        ("tiny blocks on four workers", {"cluster": {"address": address, "memory": "100KB"}}),
-    ]
+def fresh(family: Family) -> None:
+    """Forget stored deltas and published versions."""
+    shutil.rmtree(family.folder.parent / "deltas", ignore_errors=True)
+    shutil.rmtree(family.folder.parent / "output", ignore_errors=True)
 
 
-def test_same_bytes_wherever_it_runs(family: Family, running: str) -> None:
-    """Workers, block sizes and the process change no byte; every run starts from an empty delta store."""
+def test_same_bytes_wherever_it_runs(family: Family, running: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In process, on one and on four workers, tensors whole or in many blocks, a few rows of each at a time."""
     merge = {"merge.method": "dare", "router": router_of(family)}
     expected = merged(family.recipe(**merge))
-    for title, cluster in variations(running):
-        shutil.rmtree(family.folder.parent / "deltas")
-        shutil.rmtree(family.folder.parent / "output")
-        found = merged(family.recipe(**merge, **cluster))
+    blocks: dict[str, int] = {}
+    for title, elements, cluster in [
+        ("four workers", layout.CHUNK_ELEMENTS, {"address": running}),
+        ("one worker", layout.CHUNK_ELEMENTS, {"kind": "local", "workers": 1}),
+        ("small blocks in process", 5 * 16, {"kind": "none", "memory": "16KB"}),
+        ("small blocks on four workers", 5 * 16, {"address": running, "memory": "16KB"}),
+        ("smaller blocks on four workers", 3 * 16, {"address": running, "memory": "8KB"}),
+    ]:
+        fresh(family)
+        monkeypatch.setattr(layout, "CHUNK_ELEMENTS", elements)
+        recipe = family.recipe(**merge, cluster=cluster)
+        plan, _, _ = plan_recipe(load_recipe(recipe))
+        blocks[title] = len(plan.blocks(plan.tensors.values()))
+        found = merged(recipe)
         assert found.new
         assert digests(found) == digests(expected), title
         assert found.version == expected.version
+    assert blocks["four workers"] == blocks["one worker"] == 5
+    assert 30 < blocks["small blocks on four workers"] < blocks["smaller blocks on four workers"]
 
 
 def router_of(family: Family) -> dict[str, Any]:
@@ -162,14 +175,11 @@ def router_of(family: Family) -> dict[str, Any]:
     return {"kind": "linear", "queries": queries}
 
 
-def test_small_budgets_cut_blocks_and_slices(monkeypatch: pytest.MonkeyPatch, family: Family) -> None:
-    """Many chunks per tensor and one row at a time in the kernels give the bytes of whole tensors."""
+def test_one_row_at_a_time_gives_the_bytes_of_whole_tensors(monkeypatch: pytest.MonkeyPatch, family: Family) -> None:
     expected = merged(family.recipe(**{"merge.method": "dare"}))
-    shutil.rmtree(family.folder.parent / "deltas")
-    shutil.rmtree(family.folder.parent / "output")
-    monkeypatch.setattr(layout, "CHUNK_ELEMENTS", 5 * 16)
+    fresh(family)
     monkeypatch.setattr(memory, "SLICE_ELEMENTS", 16)
-    found = merged(family.recipe(**{"merge.method": "dare", "cluster.memory": "30KB"}))
+    found = merged(family.recipe(**{"merge.method": "dare"}))
     assert found.new
     assert digests(found) == digests(expected)
 
@@ -179,7 +189,9 @@ def test_order_and_paths_of_experts_do_not_matter(family: Family, tmp_path: Path
     moved = tmp_path / "elsewhere"
     shutil.copytree(family.folder, moved)
     other = Family(moved, family.base, dict(reversed(family.experts.items())))
-    found = merged(other.recipe(output=str(tmp_path / "second"), name="another", deltas=str(tmp_path / "new-deltas")))
+    recipe = other.recipe(output=str(tmp_path / "second"), name="another", deltas=str(tmp_path / "new-deltas"))
+    assert list(load_recipe(recipe).experts) == list(reversed(NAMES))
+    found = merged(recipe)
     assert found.new
     assert digests(found) == digests(expected)
     assert found.manifest.inputs == expected.manifest.inputs
@@ -224,6 +236,54 @@ def test_untied_expert_of_a_tied_base(family: Family, tmp_path: Path) -> None:
         assert_same_bits(rebuilt(outcome, name, tmp_path), family.experts[name])
 
 
+def test_tied_tensors_are_stored_and_exported_once(family: Family, tmp_path: Path) -> None:
+    """Experts that tie and yet store both: the head is named as tied, kept once, and left out of the export."""
+    for name in ("code", "math"):
+        shutil.rmtree(family.folder / name)
+        tensors = family.experts[name]
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        write_checkpoint(family.folder / name, tensors, {"tie_word_embeddings": True})
+    outcome = merged(family.recipe(**{"merge.groups": 4}))
+    assert outcome.manifest.experts["math"].tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert outcome.manifest.experts["chinese"].tied == {}
+    found = rebuilt(outcome, "math", tmp_path)
+    assert_same_bits(found, {n: t for n, t in family.experts["math"].items() if n != "lm_head.weight"})
+    plan, _, _ = plan_recipe(load_recipe(family.recipe()))
+    assert "expert code: lm_head.weight is tied to model.embed_tokens.weight and is stored once" in plan.notes
+
+
+def test_a_merged_head_of_a_tied_base_reads_its_partner(family: Family, tmp_path: Path) -> None:
+    shutil.rmtree(family.folder / "base")
+    base = {name: tensor for name, tensor in family.base.items() if name != "lm_head.weight"}
+    write_checkpoint(family.folder / "base", base, {"tie_word_embeddings": True})
+    rules = [{"match": "lm_head*", "policy": "merge", "groups": 1}]
+    outcome = merged(family.recipe(**{"merge.rules": rules, "merge.singleton": "scale"}))
+    partner = as_float64(family.base["model.embed_tokens.weight"])
+    rows = len(partner)
+    plain = partner + sum(as_float64(family.experts[n]["lm_head.weight"][:rows]) - partner for n in NAMES) / len(NAMES)
+    assert ulps(rebuilt(outcome, "code", tmp_path)["lm_head.weight"], plain).max() <= 1
+
+
+def test_a_head_no_expert_has_is_noted(family: Family) -> None:
+    for name in NAMES:
+        shutil.rmtree(family.folder / name)
+        tied = {n: tensor for n, tensor in family.experts[name].items() if n != "lm_head.weight"}
+        write_checkpoint(family.folder / name, tied, {"tie_word_embeddings": True})
+    plan, _, _ = plan_recipe(load_recipe(family.recipe()))
+    assert "base: lm_head.weight is used by no expert and is left out" in plan.notes
+    assert "lm_head.weight" not in merged(family.recipe()).manifest.tensors
+
+
+def test_error_of_merged_embeddings_counts_the_bases_rows(family: Family, tmp_path: Path) -> None:
+    rules = [{"match": "*embed_tokens*", "policy": "merge", "groups": 1}, {"match": "*", "policy": "private"}]
+    outcome = merged(family.recipe(**{"merge.rules": rules}))
+    name, rows = "model.embed_tokens.weight", len(family.base["model.embed_tokens.weight"])
+    own, base = family.experts["chinese"][name][:rows].double(), family.base[name].double()
+    found = rebuilt(outcome, "chinese", tmp_path)[name][:rows].double()
+    expected = float((found - own).norm() / (own - base).norm())
+    assert outcome.manifest.experts["chinese"].reconstruction_error == pytest.approx(expected, rel=1e-6)
+
+
 def test_mixed_data_types_are_cast_once(tmp_path: Path) -> None:
     """An fp32 expert of a bf16 base: its exact rows are its values rounded once to the base's type."""
     family = write_family(tmp_path / "family")
@@ -250,6 +310,70 @@ def test_second_run_publishes_nothing_and_sweeps_reuse_deltas(family: Family) ->
     back = merged(family.recipe())
     assert (back.version, back.new) == (first.version, False)
     assert Artifact(family.folder.parent / "output").manifest.version == first.version
+
+
+def test_a_file_edited_during_a_run_stops_it(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of another content never go by the id of what was hashed."""
+    path = family.folder / "math" / "model.safetensors"
+    original = path.read_bytes()
+    real = create_expert_group
+
+    def edit_first(*arguments: Any) -> None:
+        real(*arguments)
+        path.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+
+    monkeypatch.setattr("pipeline.stages.ingest.create_expert_group", edit_first)
+    with pytest.raises(CheckpointError, match=r"expert math: .*model.safetensors changed while the run read it. Run again"):
+        merged(family.recipe(**{"merge.groups": 4}))
+    monkeypatch.undo()
+    path.write_bytes(original)
+    outcome = merged(family.recipe(**{"merge.groups": 4}))
+    assert_same_bits(rebuilt(outcome, "math", family.folder / "exports"), family.experts["math"])
+
+
+def test_other_inputs_with_the_same_bytes_are_remembered(family: Family) -> None:
+    """A seed that task arithmetic does not use: the same version, found at once from the second time on."""
+    first = merged(family.recipe())
+    second = merged(family.recipe(**{"merge.seed": 1}))
+    assert (second.version, second.new) == (first.version, False)
+    shutil.rmtree(family.folder.parent / "deltas")
+    third = merged(family.recipe(**{"merge.seed": 1}))
+    assert (third.version, third.new) == (first.version, False)
+    assert not (family.folder.parent / "deltas").exists()
+
+
+def test_a_table_with_other_tensors_is_extended_not_replaced(family: Family) -> None:
+    """A run with fewer merged tensors leaves a table that a run with more adds to, while others may read it."""
+    merged(family.recipe(**{"merge.rules": [{"match": "*layers.1.*", "policy": "private"}]}))
+    (table,) = (family.folder.parent / "deltas").glob("*/tables/*/complete.json")
+    arrays = {p: p.stat().st_mtime_ns for p in table.parent.glob("model.layers.0.*/c/*/*/*")}
+    assert len(arrays) == 7
+    merged(family.recipe())
+    assert {p: p.stat().st_mtime_ns for p in arrays} == arrays
+    assert len(list(table.parent.glob("model.layers.*"))) == 14
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"merge.scaling": 1e39}, r"tensor model.layers.\d.*: \d+ merged or cast values are not finite in BF16"),
+        ({"merge.scaling": 1e39, "merge.method": "dare"}, r"lower merge.scaling or the experts' weights"),
+    ],
+)
+def test_values_that_overflow_are_never_published(family: Family, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        merged(family.recipe(**changes))
+    assert list((family.folder.parent / "output").glob("*/*.safetensors")) == []
+
+
+def test_a_private_tensor_that_overflows_when_cast_is_named(tmp_path: Path) -> None:
+    family = write_family(tmp_path / "family", torch.float16)
+    shutil.rmtree(family.folder / "code")
+    wide = {n: t.bfloat16() for n, t in family.experts["code"].items()}
+    wide["model.norm.weight"][0] = 1e5
+    write_checkpoint(family.folder / "code", wide)
+    with pytest.raises(CheckpointError, match=r"tensor model.norm.weight: 1 merged or cast values are not finite in F16"):
+        merged(family.recipe())
 
 
 def test_an_edited_checkpoint_is_noticed(family: Family) -> None:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from pipeline import memory
 from pipeline.plan import make_plan, plan_blocks
@@ -109,6 +112,20 @@ def test_slices_keep_to_the_budget(rows: int, width: int, experts: int, power: i
     slice_rows = memory.slice_rows(budget, step, width, experts)
     assert slice_rows >= 1
     assert memory.chunk_bytes(step * width, experts) + slice_rows * width * memory.element_bytes(experts) <= budget
+
+
+def test_a_key_that_one_config_leaves_to_its_default_is_no_problem(family: Family) -> None:
+    path = family.expert("math") / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "head_dim": 4}))
+    assert make_plan(load_recipe(family.recipe()), *opened(family)).experts == NAMES
+
+
+def test_integer_buffers_of_different_types_are_refused(family: Family) -> None:
+    for name, dtype in [("base", torch.int64), *((n, torch.int64) for n in NAMES if n != "math"), ("math", torch.int32)]:
+        path = min((family.folder / name).glob("*.safetensors"))
+        save_file({**load_file(path), "model.buffer": torch.arange(5, dtype=dtype)}, path)
+    with pytest.raises(PlanError, match=r"expert math: tensor model.buffer: expected data type I64, got I32"):
+        make_plan(load_recipe(family.recipe()), *opened(family))
 
 
 def test_plan_reads_headers_only(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,15 @@ def test_duplicates_count_once_and_ambiguous_texts_are_left_out(tmp_path: Path) 
     assert queries.ambiguous == 1
 
 
+def test_line_separators_inside_texts_do_not_end_lines(tmp_path: Path) -> None:
+    texts = [f"one\u2028two\x85three\x0cfour {i}" for i in range(100)]
+    sources = {n: tmp_path / f"{n}.jsonl" for n in ("a", "b")}
+    for name, path in sources.items():
+        path.write_text("\n".join(json.dumps({"text": name + text}, ensure_ascii=False) for text in texts) + "\n")
+    queries = load_queries(sources)
+    assert len(queries.train) + len(queries.validation) == 200
+
+
 def test_order_of_lines_does_not_matter(tmp_path: Path) -> None:
     sources = example(tmp_path)
     expected = load_queries(sources)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from flows.run import Outcome
+from serving.lookup import export
+from serving.router import artifact_router
 from storage.artifact import Artifact, find_by_inputs, make_latest, publish, resolve
 from storage.errors import ArtifactError, OutputExistsError
 from storage.layout import LATEST, MANIFEST
@@ -117,10 +119,44 @@ def test_a_killed_publish_is_replaced(outcome: Outcome, family: Family) -> None:
     assert Artifact(outcome.path).verify() == []
 
 
-def test_a_damaged_version_is_not_taken_for_done(outcome: Outcome) -> None:
+def test_a_damaged_version_is_built_again(outcome: Outcome, family: Family) -> None:
     assert find_by_inputs(outcome.path.parent, outcome.manifest.inputs) is not None
     (outcome.path / "experts" / "math" / "config.json").unlink()
     assert find_by_inputs(outcome.path.parent, outcome.manifest.inputs) is None
+    again = merged(family.recipe(router=router_of(family)))
+    assert (again.new, again.version) == (True, outcome.version)
+    assert Artifact(outcome.path).verify() == []
+    assert [path.name for path in (outcome.path.parent / ".work").iterdir() if path.is_dir()] == []
+
+
+def test_a_renamed_version_is_not_taken_for_done(outcome: Outcome, family: Family) -> None:
+    outcome.path.rename(outcome.path.with_name("kept"))
+    again = merged(family.recipe(router=router_of(family)))
+    assert again.new
+    assert Artifact(outcome.path.parent).path == outcome.path
+
+
+def test_a_damaged_latest_is_mended_by_the_next_run(outcome: Outcome, family: Family) -> None:
+    for content in ("{", '{"version": "x"}', '{"version": "x", "sequence": "y"}'):
+        (outcome.path.parent / LATEST).write_text(content)
+        assert not merged(family.recipe(router=router_of(family))).new
+        assert Artifact(outcome.path.parent).path == outcome.path
+
+
+@pytest.mark.parametrize(
+    "name", ["pool.safetensors.index.json", "experts/math/rows.safetensors", "pool-00001-of-00001.safetensors"]
+)
+def test_reading_a_damaged_artifact_is_explained(outcome: Outcome, tmp_path: Path, name: str) -> None:
+    for content in (b"", b"[1]", b"\xff" * 100):
+        (outcome.path / name).write_bytes(content)
+        with pytest.raises(ArtifactError, match=r"is missing or damaged .* Pull or build the artifact again"):
+            export(Artifact(outcome.path), "math", tmp_path / "x")
+
+
+def test_a_damaged_router_is_explained(outcome: Outcome) -> None:
+    (outcome.path / "router" / "router.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"its router is damaged .* Pull or build the artifact again"):
+        artifact_router(Artifact(outcome.path))
 
 
 def test_two_publishers_leave_both_versions_and_one_latest(outcome: Outcome, tmp_path: Path) -> None:

@@ -90,6 +90,14 @@ def backwards(header: dict[str, Any]) -> None:
     header["lm_head.weight"]["data_offsets"].reverse()
 
 
+def no_list(header: dict[str, Any]) -> None:
+    header["lm_head.weight"]["shape"] = 5
+
+
+def no_range(header: dict[str, Any]) -> None:
+    header["lm_head.weight"]["data_offsets"] = None
+
+
 def negative(header: dict[str, Any]) -> None:
     header["lm_head.weight"]["shape"] = [-20, -16]
 
@@ -109,6 +117,8 @@ def no_offsets(header: dict[str, Any]) -> None:
         (edit(overlap), r"overlap"),
         (edit(wrong_size), r"tensor lm_head.weight: BF16 \[20, 15\] needs 600 bytes, the header gives 640"),
         (edit(backwards), r"tensor lm_head.weight: impossible byte range \[640, 0\]"),
+        (edit(no_list), r"tensor lm_head.weight: impossible shape 5"),
+        (edit(no_range), r"tensor lm_head.weight: impossible byte range None"),
         (edit(negative), r"tensor lm_head.weight: impossible shape \[-20, -16\]"),
         (edit(no_offsets), r"tensor lm_head.weight: its header entry lacks"),
     ],
@@ -119,6 +129,13 @@ def test_damaged_files_are_refused(tmp_path: Path, damage: Callable[[Path], None
     with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint("expert math", tmp_path / "math")
     assert str(caught.value).startswith("expert math: ")
+
+
+def test_a_config_that_is_no_object_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "math", random_tensors(0))
+    (tmp_path / "math" / "config.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match=r"config.json: expected a JSON object, got \[1\]"):
+        open_checkpoint("expert math", tmp_path / "math")
 
 
 def test_all_problems_of_a_checkpoint_are_listed(family: Family) -> None:
