@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -47,22 +48,33 @@ def test_held_out_texts_are_not_among_the_queries(tiny_mistral: Path) -> None:
         assert sum(query in text for query in queries) <= 4, name  # a phrase may occur twice in a language
 
 
+def cells(printed: str) -> dict[str, list[list[float]]]:
+    """The numbers of every row of the demo's table, by the row's title."""
+    rows = [line.strip("│ ").split("│") for line in printed.splitlines() if line.startswith("│")]
+    return {
+        row[0].strip(): [[float(n) for n in re.findall(r"-?[\d.]+", cell.replace(",", ""))] for cell in row[1:]] for row in rows
+    }
+
+
 def test_the_demo_prints_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From the command to the table: K=2 keeps more of the fine-tuning than one model, at the parameters it says."""
+    """From the command to the table: K=2 keeps more of the fine-tuning than one model; the README shows these figures."""
     run_demo(tmp_path)
     printed = capsys.readouterr().out
-    lines = {
-        line.strip("│ ").split("│")[0].strip(): line.strip("│ ").split("│")[1:] for line in printed.splitlines() if "│" in line
-    }
-    assert set(EXPERTS) <= lines.keys()
-    base, experts, one, channel = (float(cell.strip(" %")) for cell in lines["fine-tuning gain kept, mean"])
+    table = cells(printed)
+    assert set(EXPERTS) <= table.keys()
+    (base,), (experts,), (one,), (channel,) = table["fine-tuning gain kept, mean"]
     assert (base, experts) == (0, 100)
     assert one < channel < 100
-    counts = [int(cell.strip().replace(",", "")) for cell in lines["parameters for all"]]
-    assert counts[0] < counts[2] < counts[3] < counts[1]
-    assert "router: " in printed
+    alone, together, pooled_one, pooled = (count for (count,) in table["parameters for all"])
+    assert alone < pooled_one < pooled < together
     accuracy = float(printed.split("router: ")[1].split(" %")[0])
     assert accuracy > 95
+    readme = cells((Path(__file__).parent.parent.parent / "README.md").read_text("utf-8"))
+    assert readme.keys() == table.keys()
+    for title, row in readme.items():
+        for shown, found in zip(row, table[title], strict=True):
+            # processors round differently: the last digit may move
+            assert shown == pytest.approx(found, rel=2e-3, abs=0.2 if "gain" in title else 2e-3), title
 
 
 def test_the_demo_reuses_deltas_between_group_counts(tmp_path: Path) -> None:
