@@ -81,9 +81,10 @@ class MergeSection(_Section):
 
     groups: int = Field(default=2, ge=1)
     """K, the number of groups per channel."""
-    granularity: Literal["channel"] = "channel"
-    clustering: Literal["kmeans"] = "kmeans"
-    metric: Literal["cosine"] = "cosine"
+    granularity: Literal["channel", "layer", "model"] = "channel"
+    """What is grouped as one: an output channel, a weight matrix, or all matrices of the model."""
+    clustering: Literal["kmeans", "spherical", "random"] = "kmeans"
+    metric: Literal["cosine", "euclidean"] = "cosine"
     method: Literal["task_arithmetic", "dare"] = "dare"
     scaling: Annotated[Literal["mean"] | float, PlainValidator(_scaling)] = "mean"
     """``mean``: sum(w d) / sum(w) over the group; a number: lambda of Eq. 3, lambda * sum(w d)."""

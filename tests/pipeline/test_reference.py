@@ -11,7 +11,7 @@ import torch
 
 from flows.run import Outcome
 from storage.artifact import Artifact
-from tests.support.reference import Options, merge_tensor, ulps
+from tests.support.reference import Options, as_float64, merge_tensor, ulps
 from tests.support.running import merged, rebuilt
 from tests.support.tiny_experts import Family, write_family
 
@@ -24,6 +24,15 @@ CASES: list[dict[str, Any]] = [
     {"groups": 3, "method": "dare"},
     {"groups": 1, "method": "dare", "singleton": "scale"},
     {"groups": 2, "weights": {"code": 3.0, "math": 0.5}},
+    {"groups": 2, "clustering": "spherical"},
+    {"groups": 2, "metric": "euclidean"},
+    {"groups": 3, "clustering": "spherical", "metric": "euclidean"},
+    {"groups": 2, "clustering": "random", "seed": 5},
+    {"groups": 3, "clustering": "random", "singleton": "scale"},
+    {"groups": 2, "granularity": "layer"},
+    {"groups": 3, "granularity": "layer", "clustering": "random", "seed": 2},
+    {"groups": 2, "granularity": "model", "method": "dare"},
+    {"groups": 2, "granularity": "model", "clustering": "random", "seed": 1},
     {"groups": 3, "singleton": "scale", "weights": {"instruct": 2.0}, "scaling": 0.25},
 ]
 
@@ -55,9 +64,15 @@ def test_run_matches_reference(tmp_path: Path, case: dict[str, Any], dtype: torc
     found = {name: rebuilt(outcome, name, tmp_path) for name in family.experts}
     merged_tensors = [n for n, record in outcome.manifest.tensors.items() if record.policy == "merge"]
     assert len(merged_tensors) == 14
+    whole = np.stack(
+        [
+            np.concatenate([(as_float64(own[t]) - as_float64(family.base[t])).reshape(-1) for t in merged_tensors])
+            for _, own in sorted(family.experts.items())
+        ]
+    )
     for tensor in merged_tensors:
         experts = {name: family.experts[name][tensor] for name in family.experts}
-        expected = merge_tensor(tensor, family.base[tensor], experts, options)
+        expected = merge_tensor(tensor, family.base[tensor], experts, options, whole)
         clear = expected.margins > 1e-6
         assert clear.mean() > 0.9
         equal_rows = all(expected.exact[name][3] for name in experts)

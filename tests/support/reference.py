@@ -45,15 +45,26 @@ def growth_string(blocks: Sequence[Sequence[int]], count: int) -> tuple[int, ...
 
 
 def spread(rows: Floats, blocks: Sequence[Sequence[int]]) -> float:
-    """k-means' objective: squared distances to the centroids of L2-normalised rows."""
-    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return sum(float(((unit[list(b)] - unit[list(b)].mean(axis=0)) ** 2).sum()) for b in blocks)
+    """k-means' objective: squared distances of rows to the centroids of their blocks."""
+    return sum(float(((rows[list(b)] - rows[list(b)].mean(axis=0)) ** 2).sum()) for b in blocks)
 
 
-def cluster_channel(deltas: Floats, groups: int) -> tuple[tuple[int, ...], float]:
-    """Growth string of one channel's best grouping, and its margin over the second best (inf when there is none).
+def cost(rows: Floats, blocks: Sequence[Sequence[int]], kind: str, metric: str) -> tuple[float, float]:
+    """What a clustering minimises, and the score whose 1e-5th is a tie."""
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True) if metric == "cosine" else rows
+    if kind == "spherical":
+        length = sum(float(np.linalg.norm(rows[list(b)].sum(axis=0))) for b in blocks)
+        return -length, length
+    value = spread(rows, blocks)
+    return value, float((rows**2).sum()) - value
 
-    ``deltas``: (experts, width).
+
+def cluster_channel(
+    deltas: Floats, groups: int, kind: str = "kmeans", metric: str = "cosine", draw: int = 0
+) -> tuple[tuple[int, ...], float]:
+    """Growth string of one channel's best grouping, and its relative margin over the second best (inf without one).
+
+    ``deltas``: (experts, width); ``draw``: 32 random bits for kind random.
     """
     count = len(deltas)
     if groups >= count:
@@ -65,16 +76,19 @@ def cluster_channel(deltas: Floats, groups: int) -> tuple[tuple[int, ...], float
     if not changed:
         return (0,) * count, np.inf
     remaining = min(groups - bool(zeros), len(changed))
-    candidates = set_partitions(range(len(changed)), remaining)
     scored = []
-    for blocks in candidates:
+    for blocks in set_partitions(range(len(changed)), remaining):
         named = [[changed[i] for i in block] for block in blocks] + ([zeros] if zeros else [])
-        scored.append((spread(deltas[changed], blocks), growth_string(named, count)))
-    scored.sort()
-    best = scored[0][0]
-    tied = sorted(labels for value, labels in scored if value - best <= 1e-5 * (len(changed) - best))
-    others = [value - best for value, labels in scored if labels not in tied]
-    return tied[0], min(others, default=np.inf)
+        inner = growth_string(blocks, len(changed))
+        scored.append((*cost(deltas[changed], blocks, kind, metric), inner, growth_string(named, count)))
+    if kind == "random":
+        in_order = sorted(scored, key=lambda entry: entry[2])
+        return in_order[draw * len(in_order) >> 32][3], np.inf
+    scored.sort(key=lambda entry: entry[0])
+    best, score = scored[0][0], scored[0][1]
+    tied = [entry for entry in scored if entry[0] - best <= 1e-5 * score]
+    others = [(entry[0] - best) / score for entry in scored if entry not in tied]
+    return min(tied, key=lambda entry: entry[2])[3], min(others, default=np.inf)
 
 
 def philox_words(counter: int, key: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -88,9 +102,13 @@ def philox_words(counter: int, key: tuple[int, int]) -> tuple[int, int, int, int
     return c[0], c[1], c[2], c[3]
 
 
-def dare_mask(seed: int, expert: str, tensor: str, shape: tuple[int, int], density: float) -> NDArray[np.bool_]:
+def key_of(seed: int, expert: str, tensor: str) -> tuple[int, int]:
     raw = hashlib.sha256(f"{seed}\x00{expert}\x00{tensor}".encode()).digest()
-    key = (int.from_bytes(raw[:4], "little"), int.from_bytes(raw[4:8], "little"))
+    return int.from_bytes(raw[:4], "little"), int.from_bytes(raw[4:8], "little")
+
+
+def dare_mask(seed: int, expert: str, tensor: str, shape: tuple[int, int], density: float) -> NDArray[np.bool_]:
+    key = key_of(seed, expert, tensor)
     count = shape[0] * shape[1]
     words = [word for block in range(-(-count // 4)) for word in philox_words(block, key)][:count]
     return (np.array(words) < int(density * 2**32)).reshape(shape)
@@ -105,6 +123,9 @@ class Options:
     singleton: str = "keep"
     seed: int = 0
     weights: Mapping[str, float] | None = None
+    granularity: str = "channel"
+    clustering: str = "kmeans"
+    metric: str = "cosine"
 
 
 @dataclass(frozen=True)
@@ -119,7 +140,26 @@ class MergedTensor:
     """Expert -> (rows,) whether its row must be its own bit for bit."""
 
 
-def merge_tensor(name: str, base: torch.Tensor, experts: Mapping[str, torch.Tensor], options: Options) -> MergedTensor:
+def group_channels(
+    name: str, deltas: Floats, options: Options, model: Floats | None
+) -> tuple[list[tuple[int, ...]], list[float]]:
+    """Growth string and margin of every channel. ``deltas``: (experts, rows, width); ``model``: (experts, all entries)."""
+    rows = deltas.shape[1]
+    tensor = "" if options.granularity == "model" else name
+    draws = [philox_words(channel, key_of(options.seed, "", tensor))[0] for channel in range(rows)]
+    how = (options.groups, options.clustering, options.metric)
+    if options.granularity == "channel":
+        found = [cluster_channel(deltas[:, channel], *how, draws[channel]) for channel in range(rows)]
+    else:
+        everything = deltas.reshape(len(deltas), -1) if options.granularity == "layer" else model
+        assert everything is not None
+        found = [cluster_channel(everything, *how, draws[0])] * rows
+    return [labels for labels, _ in found], [margin for _, margin in found]
+
+
+def merge_tensor(
+    name: str, base: torch.Tensor, experts: Mapping[str, torch.Tensor], options: Options, model: Floats | None = None
+) -> MergedTensor:
     """Channel Merging of one matrix, channel by channel (arXiv 2412.15283, Eq. 3)."""
     names = sorted(experts)
     origin = as_float64(base)
@@ -132,13 +172,12 @@ def merge_tensor(name: str, base: torch.Tensor, experts: Mapping[str, torch.Tens
         pruned = {n: np.where(masks[n], deltas[n] / options.density, 0.0) for n in names}
     weights = options.weights or dict.fromkeys(names, 1.0)
     rows, count = len(origin), len(names)
-    labels, margins = np.zeros((rows, count), np.int64), np.zeros(rows)
+    strings, distances = group_channels(name, np.stack([deltas[n] for n in names]), options, model)
+    labels, margins = np.array(strings, np.int64), np.array(distances)
     rebuilt = {n: np.empty_like(origin) for n in names}
     exact = {n: np.zeros(rows, bool) for n in names}
     for channel in range(rows):
-        stacked = np.stack([deltas[n][channel] for n in names])
-        found, margins[channel] = cluster_channel(stacked, options.groups)
-        labels[channel] = found
+        found = strings[channel]
         for label in set(found):
             members = [n for n, mine in zip(names, found, strict=True) if mine == label]
             same = all(torch.equal(_bits(experts[m][channel]), _bits(experts[members[0]][channel])) for m in members)

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.kernels.clustering import cluster_channels, cosines, growth_labels, partitions
+from pipeline.kernels import clustering as production
+from pipeline.kernels.clustering import Clustering, cosines, drawn_partition, growth_labels, partitions
 from pipeline.kernels.gram import gram
 from tests.support.reference import cluster_channel, set_partitions
 
@@ -35,17 +36,54 @@ def gram_of(deltas: NDArray[Any]) -> NDArray[np.float64]:
     return gram(torch.from_numpy(deltas.astype(np.float32))).numpy()
 
 
+def cluster_channels(gram: NDArray[np.float64], groups: int, kind: str = "kmeans", metric: str = "cosine") -> NDArray[np.uint8]:
+    return production.cluster_channels(gram, groups, Clustering(kind, metric), np.zeros(len(gram), np.int64))
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("kind", ["kmeans", "spherical"])
 @pytest.mark.parametrize(("count", "groups"), [(2, 1), (3, 2), (4, 2), (4, 3), (5, 2), (6, 3), (8, 2)])
-def test_labels_are_the_optimum_over_centroids(count: int, groups: int) -> None:
-    """Against k-means' own objective, centroids and all, for every partition."""
+def test_labels_are_the_optimum_over_vectors(count: int, groups: int, kind: str, metric: str) -> None:
+    """Against the objectives' own definitions, centroids and mean directions of the rows, for every partition."""
     generator = np.random.default_rng(count * 10 + groups)
     rows = 40 if count < 8 else 8
     deltas = generator.normal(size=(count, rows, 12)).astype(np.float32)
-    found = cluster_channels(gram_of(deltas), groups)
+    deltas *= np.linspace(0.5, 2, count, dtype=np.float32)[:, None, None]
+    found = cluster_channels(gram_of(deltas), groups, kind, metric)
+    clear = 0
     for row in range(rows):
-        expected, margin = cluster_channel(deltas[:, row].astype(np.float64), groups)
-        assert margin > 1e-4
-        assert tuple(found[row]) == expected
+        expected, margin = cluster_channel(deltas[:, row].astype(np.float64), groups, kind, metric)
+        if margin > 1e-7:
+            clear += 1
+            assert tuple(found[row]) == expected
+    assert clear >= 0.9 * rows
+
+
+def test_spherical_prefers_even_groups_where_deltas_are_orthogonal() -> None:
+    """2 sqrt(2) > sqrt(3) + 1, where k-means ties (methods: the two are different optima)."""
+    deltas = np.eye(4, 8, dtype=np.float32)[:, None, :]
+    assert cluster_channels(gram_of(deltas), 2, "spherical").tolist() == [[0, 0, 1, 1]]
+
+
+def test_euclidean_isolates_the_largest_delta() -> None:
+    deltas = np.random.default_rng(8).normal(size=(4, 30, 40)).astype(np.float32)
+    deltas[2] *= 30
+    assert cluster_channels(gram_of(deltas), 2, "kmeans", "euclidean").tolist() == [[0, 0, 1, 0]] * 30
+
+
+def test_a_matrix_of_one_channel_groups_alike_at_both_granularities() -> None:
+    deltas = np.random.default_rng(9).normal(size=(4, 1, 40)).astype(np.float32)
+    gram_table = gram_of(deltas)
+    np.testing.assert_array_equal(cluster_channels(gram_table, 2), cluster_channels(gram_table.sum(axis=0)[None], 2))
+
+
+def test_drawn_partitions_are_uniform_and_have_no_empty_group() -> None:
+    draws = np.random.default_rng(0).integers(0, 2**32, 70_000)
+    found = drawn_partition(draws, 4, 2)
+    rows, counts = np.unique(found, axis=0, return_counts=True)
+    np.testing.assert_array_equal(rows, partitions(4, 2))
+    assert np.abs(counts - 10_000).max() < 5 * (10_000 * 6 / 7) ** 0.5
+    assert drawn_partition(np.array([0, 2**32 - 1]), 4, 2).tolist() == [[0, 0, 0, 1], [0, 1, 1, 1]]
 
 
 def test_gram_is_accurate_and_symmetric() -> None:
