@@ -54,7 +54,7 @@ def _print_table(title: str, headings: list[str], rows: list[list[str]]) -> None
         table.add_row(*map(Text, row))  # as text: a path may hold what rich would read as markup
     # a piped table is as wide as it needs to be: a script or a log must not get wrapped cells
     console = Console()
-    console.print(table) if console.is_terminal else Console(width=200).print(table)
+    console.print(table) if console.is_terminal else Console(width=10_000).print(table)
 
 
 @app.command()

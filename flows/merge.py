@@ -32,6 +32,9 @@ class FlowReporter:
         if done == total or done % max(1, total // 10) == 0:
             self._logger.info("%s: %d of %d blocks, last %s", stage, done, total, label)
 
+    def note(self, text: str) -> None:
+        self._logger.info("%s", text)
+
 
 # Nothing is cached by Prefect, whose default key holds the run id: what is finished is decided by the stores.
 @task(name="resolve", cache_policy=NO_CACHE)
@@ -60,6 +63,8 @@ def merge(
     read = read_recipe(Path(recipe), settings, output, deltas, cluster)
     job = resolve(read)
     reporter = FlowReporter()
+    for note in job.plan.notes:
+        reporter.note(note)
     if found := unchanged(job):
         return _summary(found)
     run = Run(job)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from pipeline.engine import Reporter
 
@@ -25,6 +26,9 @@ class BarReporter:
 
     def advance(self, stage: str, label: str) -> None:
         self._progress.update(self._tasks[stage], advance=1, label=label)
+
+    def note(self, text: str) -> None:
+        self._progress.console.print(Text(f"note: {text}"))
 
 
 class LineReporter:
@@ -46,6 +50,9 @@ class LineReporter:
             blocks = f"{total} block{'s' if total != 1 else ''}"
             print(f"{stage}: {blocks} in {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
 
+    def note(self, text: str) -> None:
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
 
 @contextmanager
 def open_reporter() -> Iterator[Reporter]:
@@ -55,7 +62,7 @@ def open_reporter() -> Iterator[Reporter]:
         yield LineReporter()
         return
     columns = (
-        TextColumn("{task.description:>10}"),
+        TextColumn("{task.description:>16}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

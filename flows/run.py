@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,10 +151,19 @@ def unchanged(job: Job) -> Outcome | None:
     return Outcome(manifest.version, job.output / manifest.version, False, manifest)
 
 
+def _clear_abandoned(work: Path) -> None:
+    """Remove what killed runs left: folders whose run no longer holds its lock."""
+    for folder in work.iterdir():
+        if folder.is_dir():
+            with suppress(Timeout), FileLock(work / f"{folder.name}.lock", timeout=0):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextmanager
 def workplace(job: Job) -> Iterator[None]:
     """The job's folder for unfinished work, empty, and this run's alone; gone afterwards."""
     (job.output / WORK).mkdir(parents=True, exist_ok=True)
+    _clear_abandoned(job.output / WORK)
     lock = FileLock(job.output / WORK / f"{job.work.name}.lock")
     try:
         lock.acquire(timeout=0)
@@ -192,6 +201,8 @@ def run_recipe(recipe: Recipe, reporter: Reporter) -> Outcome:
     reporter.start("resolve", 1)
     job = prepare(recipe)
     reporter.advance("resolve", f"{len(job.plan.tensors)} tensors")
+    for note in job.plan.notes:
+        reporter.note(note)
     if found := unchanged(job):
         return found
     run = Run(job)

@@ -26,6 +26,9 @@ class Reporter(Protocol):
     def advance(self, stage: str, label: str) -> None:
         """One block is done."""
 
+    def note(self, text: str) -> None:
+        """Something a user should know."""
+
 
 class Silent:
     """Reports nothing."""
@@ -34,6 +37,9 @@ class Silent:
         pass
 
     def advance(self, stage: str, label: str) -> None:
+        pass
+
+    def note(self, text: str) -> None:
         pass
 
 

@@ -12,8 +12,8 @@ from pipeline.plan import MergePlan, make_plan
 from pipeline.recipe import Recipe
 from storage.artifact import WORK, check_output
 from storage.checkpoint import Checkpoint, open_checkpoint
-from storage.digests import DigestCache, digest_of, short_id, stamp
-from storage.errors import ChannelMergingError, CheckpointError, OutputExistsError, PlanError
+from storage.digests import DigestCache, digest_of, sha256_file, short_id, stamp
+from storage.errors import ChannelMergingError, CheckpointError, OutputExistsError, PlanError, QueryDataError
 from storage.layout import ARTIFACT_FORMAT
 
 KERNEL = "torch-cpu"
@@ -37,14 +37,16 @@ class Source:
 
 def check_unchanged(label: str, source: Source) -> None:
     """CheckpointError when a file of the source is no longer what was hashed: its rows must not go by its id."""
-    changed = [name for name, known in source.stamps.items() if not _has_stamp(source.folder / name, known)]
+    known = source.files
+    changed = [name for name, seen in source.stamps.items() if not _is_same(source.folder / name, seen, known[name])]
     if changed:
         raise CheckpointError(f"{label}: {source.folder}: {', '.join(changed)} changed while the run read it. Run again.")
 
 
-def _has_stamp(path: Path, known: list[int]) -> bool:
+def _is_same(path: Path, seen: list[int], digest: str) -> bool:
+    """Whether a file has its old stamp or, touched without a change, its old content."""
     try:
-        return stamp(path.resolve()) == known
+        return stamp(path.resolve()) == seen or sha256_file(path) == digest
     except OSError:
         return False
 
@@ -60,8 +62,18 @@ class Job:
     """In order of name."""
     queries: Mapping[str, str]
     """sha256 of every file of queries, by expert."""
+    query_stamps: Mapping[str, list[int]]
     inputs: str
     """Digest of all that determines the result."""
+
+    def check_sources(self) -> None:
+        """CheckpointError or QueryDataError when anything the job read is no longer what was hashed."""
+        check_unchanged("base", self.base)
+        for name, source in self.experts.items():
+            check_unchanged(f"expert {name}", source)
+        for name, seen in self.query_stamps.items():
+            if not _is_same(Path(self.recipe.router.queries[name]), seen, self.queries[name]):
+                raise QueryDataError(f"router.queries.{name}: the file changed while the run read it. Run again.")
 
     @property
     def deltas(self) -> Path:
@@ -146,8 +158,11 @@ def resolve(recipe: Recipe, *more_checks: Callable[[Recipe], object]) -> Job:
     plan, base, experts = plan_recipe(recipe)
     paths = [c.folder / name for c in (base, *experts.values()) for name in c.files]
     asked = recipe.router.queries if recipe.router.kind != "none" else {}
+    paths += map(Path, asked.values())
     stamps = {path: stamp(path.resolve()) for path in paths}
-    known = DigestCache().sha256([*paths, *map(Path, asked.values())])
+    known = DigestCache().sha256(paths)
+    if plan_recipe(recipe)[0] != plan:  # headers were read before the stamps were taken
+        raise CheckpointError("a checkpoint changed while its headers were read. Run again.")
 
     def source(checkpoint: Checkpoint) -> Source:
         files = {name: known[checkpoint.folder / name] for name in checkpoint.files}
@@ -158,4 +173,5 @@ def resolve(recipe: Recipe, *more_checks: Callable[[Recipe], object]) -> Job:
     base_source = source(base)
     sources = {name: source(checkpoint) for name, checkpoint in experts.items()}
     queries = {name: known[Path(place)] for name, place in sorted(asked.items())}
-    return Job(recipe, plan, base_source, sources, queries, _inputs(recipe, base_source, sources, queries))
+    seen = {name: stamps[Path(place)] for name, place in sorted(asked.items())}
+    return Job(recipe, plan, base_source, sources, queries, seen, _inputs(recipe, base_source, sources, queries))

@@ -220,7 +220,8 @@ def _notes(tensor: TensorPlan) -> list[str]:
     notes = []
     for expert, info in tensor.experts.items():
         if info.dtype != tensor.dtype:
-            notes.append(f"expert {expert}: {tensor.name} is cast once from {info.dtype} to the base's {tensor.dtype}")
+            whose = "the base's" if tensor.base else "the first expert's"
+            notes.append(f"expert {expert}: {tensor.name} is cast once from {info.dtype} to {whose} {tensor.dtype}")
         if tensor.base and info.rows > tensor.base_rows:
             extra = info.rows - tensor.base_rows
             notes.append(
@@ -260,6 +261,8 @@ def make_plan(recipe: Recipe, base: Checkpoint, experts: Mapping[str, Checkpoint
     problems = [problem for checkpoint in experts.values() for problem in _config_problems(base, checkpoint)]
     if base.config.get("model_type") in TRANSPOSED_MODELS:
         problems.append(f"base: model type {base.config['model_type']} stores (in, out) weights, which are not supported yet")
+    if not base.tensors:
+        problems.append("base: it has no tensors")
     names = {name for checkpoint in (base, *experts.values()) for name in checkpoint.tensors}
     tensors, notes = {}, []
     for name in sorted(names, key=natural_order):
@@ -277,6 +280,9 @@ def make_plan(recipe: Recipe, base: Checkpoint, experts: Mapping[str, Checkpoint
         elif not found:
             tensors[name] = tensor
             notes += _notes(tensor)
+    for number, rule in enumerate(recipe.merge.rules):
+        if not any(rule_for(recipe.merge, name) is rule for name in names):
+            notes.append(f"merge.rules.{number}: {rule.match!r} is the first match of no tensor and has no effect")
     if not problems:
         problems += memory.problems(recipe.cluster.memory, len(experts), tensors.values())
     if problems:

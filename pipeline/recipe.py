@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -32,7 +33,7 @@ def parse_bytes(value: Any) -> int:
         if match is None:
             raise ValueError
         return int(float(match[1]) * UNITS[(match[2] or "B").lower()])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise ValueError(f"expected a size such as 2GiB, got {value!r}") from None
 
 
@@ -48,7 +49,7 @@ Name = Annotated[str, AfterValidator(_name)]
 def _scaling(value: Any) -> str | float:
     if value == "mean":
         return "mean"
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf"):
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < sys.float_info.max:
         return float(value)
     raise ValueError("expected 'mean' or a number above 0")
 
@@ -193,7 +194,9 @@ def _apply(fields: dict[str, Any], path: str, value: Any) -> None:
     """Set the value at a dotted path."""
     *parents, last = path.split(".")
     target = fields
-    for part in parents:
+    for position, part in enumerate(parents):
+        if parents[0] == "experts" and position == 1:
+            target[part] = _expert(target.get(part, {}))  # the short form, a source alone, has no keys to set
         target = target.setdefault(part, {})
         if not isinstance(target, dict):
             raise RecipeError(f"{path}: {part} is no section of the recipe")

@@ -31,27 +31,32 @@ def expert_tensor(artifact: Artifact, tensor: str, rows: NDArray[np.int32]) -> N
 def export(artifact: Artifact, expert: str, target: Path) -> list[Path]:
     """Write an expert as a plain Hugging Face checkpoint and return its files.
 
-    The target appears whole or not at all. OutputExistsError when it exists and is not empty.
+    The target appears whole or not at all. OutputExistsError when it exists and is not empty. An empty folder that
+    exists is filled, config.json last: it may be somebody's working directory or a mount point.
     """
     artifact.check_expert(expert)
     target = target.resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputExistsError(f"{target} exists and is not an empty folder. Choose another place for the export.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+    inside = target.exists()
+    partial = (target if inside else target.parent) / f".{target.name}.{uuid.uuid4().hex[:8]}.part"
     try:
         partial.mkdir()
         _write_weights(artifact, expert, partial)
         for side in (artifact.path / "experts" / expert).iterdir():
             if side.name != ROWS_FILE:
                 shutil.copyfile(side, partial / side.name)
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
+        if inside:
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+                path.rename(target / path.name)
+            partial.rmdir()
+        else:
+            partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    sync(target.parent)
+    sync(target if inside else target.parent)
     return sorted(target.iterdir())
 
 

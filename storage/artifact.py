@@ -97,11 +97,16 @@ class Artifact:
         self.check_expert(expert)
         name = f"experts/{expert}/{ROWS_FILE}"
         with self.damage_explained(name):
-            return load_file(self.path / name)
+            rows = load_file(self.path / name)
+            held = {n for n, record in self.manifest.tensors.items() if any(expert in span.experts for span in record.spans)}
+            if rows.keys() != held:
+                raise ValueError(f"expected rows of {len(held)} tensors, got {len(rows)}")
+            return rows
 
     def rows(self, tensor: str, indices: NDArray[np.int32]) -> NDArray[Any]:
         """(len(indices), width) raw bits of pool rows. The only reader of the pool: the format may store rows otherwise."""
-        info = self._pool[tensor]
+        with self.damage_explained(POOL_INDEX):
+            info = self._pool[tensor]
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < info.rows:
             raise ArtifactError(f"{self.path}: tensor {tensor}: a row index lies outside its {info.rows} rows. Run verify.")
         unique, inverse = np.unique(indices, return_inverse=True)
@@ -123,7 +128,7 @@ class Artifact:
             elif (found := sha256_file(path)) != record.sha256:
                 problems.append(f"{name}: expected sha256 {record.sha256}, got {found}")
         known = {*self.manifest.files, MANIFEST}
-        present = {p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if not p.is_dir()}
+        present = {p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_symlink() or not p.is_dir()}
         problems += [f"{name} is not part of the artifact" for name in sorted(present - known)]
         version = version_of(self.manifest.files)
         if version != self.manifest.version:
@@ -159,8 +164,7 @@ def find_by_inputs(output: Path, inputs: str) -> Manifest | None:
         except ArtifactError:  # another format or a damaged one: not what was asked for
             continue
         same = manifest.inputs == inputs or manifest.version == alias
-        sizes = {name: record.bytes for name, record in manifest.files.items()}
-        if same and folder.name == manifest.version and all(_size(folder / name) == size for name, size in sizes.items()):
+        if same and folder.name == manifest.version and _is_whole(folder):
             return manifest
     return None
 
@@ -170,10 +174,6 @@ def _is_whole(folder: Path) -> bool:
         return not Artifact(folder).verify()
     except ArtifactError:
         return False
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
 
 
 def publish(staged: Path, output: Path, manifest: Manifest) -> bool:

@@ -63,9 +63,9 @@ def restored(base: NDArray[Any], stored: NDArray[Any]) -> NDArray[Any]:
     return result
 
 
-def row_digests(bits: NDArray[Any]) -> NDArray[np.uint8]:
-    """(rows, 16) uint8: blake2b-128 of every row's raw bytes. Pure."""
+def row_digests(bits: NDArray[Any], dtype: str) -> NDArray[np.uint8]:
+    """(rows, 16) uint8: blake2b-128 of every row's raw bytes and data type: equal bits of two types are not equal. Pure."""
     out = np.empty((len(bits), DIGEST_BYTES), np.uint8)
     for row, raw in enumerate(np.ascontiguousarray(bits)):
-        out[row] = np.frombuffer(hashlib.blake2b(raw, digest_size=DIGEST_BYTES).digest(), np.uint8)
+        out[row] = np.frombuffer(hashlib.blake2b(raw, digest_size=DIGEST_BYTES, person=dtype.encode()).digest(), np.uint8)
     return out

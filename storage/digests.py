@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ class DigestCache:
                 found[path] = sha256_file(resolved)
                 fresh[str(resolved)] = [*key, found[path]]
         if fresh:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{self.path}.lock"):
-                write_atomically(self.path, canonical_json({**self._load(), **fresh}))
+            with suppress(OSError):  # a place that cannot be written costs time, not the run
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(f"{self.path}.lock"):
+                    write_atomically(self.path, canonical_json({**self._load(), **fresh}))
         return found

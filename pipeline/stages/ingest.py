@@ -73,30 +73,31 @@ class StageResult:
     """Parts found finished from an earlier run."""
 
 
-def _base_bits(base: TensorInfo | None, start: int, stop: int, like: TensorInfo) -> tuple[NDArray[Any], int]:
-    """The base's bits in the expert's type, 0 where it has no such row, and how many of its values are not finite."""
-    out = np.zeros((stop - start, like.width), DTYPES[like.dtype].bits)
-    if base is None or start >= base.rows:
-        return out, 0
-    rows = base.read(start, min(stop, base.rows))
-    out[: len(rows)] = cast(rows, base.dtype, like.dtype)
-    return out, count_non_finite(rows, base.dtype)
+def _base_rows(base: TensorInfo | None, start: int, stop: int, like: TensorInfo) -> tuple[NDArray[Any], str]:
+    """The base's rows, in its own data type, 0 where it has no such row; and that type."""
+    dtype = base.dtype if base is not None else like.dtype
+    out = np.zeros((stop - start, like.width), DTYPES[dtype].bits)
+    if base is not None and start < base.rows:
+        rows = base.read(start, min(stop, base.rows))
+        out[: len(rows)] = rows
+    return out, dtype
 
 
-def chunk_statistics(expert: NDArray[Any], base: NDArray[Any], dtype: str, base_non_finite: int) -> ChunkStatistics:
-    """Statistics of one chunk; both arrays (rows, width) raw bits of the expert's data type."""
-    bad = count_non_finite(expert, dtype)
+def chunk_statistics(expert: NDArray[Any], dtype: str, base: NDArray[Any], base_dtype: str) -> ChunkStatistics:
+    """Statistics of one chunk; both arrays (rows, width) raw bits of their data types."""
+    bad, base_bad = count_non_finite(expert, dtype), count_non_finite(base, base_dtype)
     squares = base_squares = largest = 0.0
-    if DTYPES[dtype].mergeable and not bad and not base_non_finite:
+    if DTYPES[dtype].mergeable and not bad and not base_bad:
         step = max(1, memory.SLICE_ELEMENTS // expert.shape[1])
         for start in range(0, len(expert), step):
-            reference = to_float(base[start : start + step], dtype)
-            delta = to_float(expert[start : start + step], dtype) - reference
-            squares += float(delta.double().square().sum())
-            base_squares += float(reference.double().square().sum())
+            # float64: the difference of two finite numbers may be none in float32
+            reference = to_float(base[start : start + step], base_dtype).double()
+            delta = to_float(expert[start : start + step], dtype).double() - reference
+            squares += float(delta.square().sum())
+            base_squares += float(reference.square().sum())
             largest = max(largest, float(delta.abs().max()))
-    unchanged = int(np.count_nonzero(expert == base))
-    return ChunkStatistics(squares, base_squares, largest, unchanged, expert.size, bad, base_non_finite)
+    unchanged = int(np.count_nonzero(expert == cast(base, base_dtype, dtype)))
+    return ChunkStatistics(squares, base_squares, largest, unchanged, expert.size, bad, base_bad)
 
 
 def ingest_block(task: IngestTask) -> IngestReceipt:
@@ -110,10 +111,10 @@ def ingest_block(task: IngestTask) -> IngestReceipt:
         for start in range(piece.start, piece.stop, info.chunk_rows):
             stop = min(start + info.chunk_rows, piece.stop)
             expert = info.read(start, stop)
-            base_bits, base_bad = _base_bits(base, start, stop, info)
-            statistics.append((piece.tensor, start, chunk_statistics(expert, base_bits, info.dtype, base_bad)))
-            chunks.update(group.write(piece.tensor, start, difference(expert, base_bits)))
-            chunks.update(group.write(digest_array(piece.tensor), start, row_digests(expert)))
+            rows, dtype = _base_rows(base, start, stop, info)
+            statistics.append((piece.tensor, start, chunk_statistics(expert, info.dtype, rows, dtype)))
+            chunks.update(group.write(piece.tensor, start, difference(expert, cast(rows, dtype, info.dtype))))
+            chunks.update(group.write(digest_array(piece.tensor), start, row_digests(expert, info.dtype)))
             read += 2 * expert.nbytes
     return IngestReceipt(chunks, statistics, read, sum(size for size, _ in chunks.values()))
 
@@ -162,39 +163,45 @@ def _is_whole(group: ArrayGroup) -> bool:
     return group.complete and not group.missing_chunks()
 
 
-def ingest(job: Job, engine: Engine) -> StageResult:
-    """Bring every expert's deltas into the store; those that are there already are not read again."""
-    groups = {job.experts[name].id: (name, expert_group(job.deltas, job.base.id, job.experts[name].id)) for name in job.experts}
-    (job.deltas / job.base.id).mkdir(parents=True, exist_ok=True)
-    with ExitStack() as locks:
-        for identity in sorted(groups):  # one order for all runs, so that two of them cannot wait for each other
-            locks.enter_context(FileLock(job.deltas / job.base.id / f".{identity}.lock"))
-        fresh = {identity: found for identity, found in groups.items() if not _is_whole(found[1])}
-        tasks: list[IngestTask] = []
-        owners: list[str] = []
-        for identity, (name, group) in fresh.items():
-            held = {
-                tensor.name: (tensor.experts[name], tensor.base)
-                for tensor in job.plan.tensors.values()
-                if name in tensor.experts
-            }
-            infos = {tensor: info for tensor, (info, _) in held.items()}
-            create_expert_group(group, infos, identity)
-            for block in plan_blocks(infos.values(), memory.block_elements(job.plan.memory, 1)):
-                used = {piece.tensor: held[piece.tensor] for piece in block.pieces}
-                tasks.append(IngestTask(group.path, block, used))
-                owners.append(identity)
-        labels = [f"{groups[owner][0]} {task.block.label}" for owner, task in zip(owners, tasks, strict=True)]
-        receipts = engine.run("ingest", ingest_block, tasks, labels)
-        mine = {i: [r for r, owner in zip(receipts, owners, strict=True) if owner == i] for i in fresh}
-        problems = [problem for i in fresh for problem in _non_finite(groups[i][0], mine[i])]
-        if problems:
-            raise CheckpointError.listing(
-                "weights that are not numbers cannot be merged; train or download them again", dict.fromkeys(problems)
-            )
+def _ingest_expert(job: Job, engine: Engine, name: str, group: ArrayGroup) -> tuple[list[IngestReceipt], list[str]]:
+    """Bring one expert into the store. Receipts, and problems with its values; with any, it stays incomplete."""
+    held = {t.name: (t.experts[name], t.base) for t in job.plan.tensors.values() if name in t.experts}
+    infos = {tensor: info for tensor, (info, _) in held.items()}
+    create_expert_group(group, infos, job.experts[name].id)
+    blocks = plan_blocks(infos.values(), memory.block_elements(job.plan.memory, 1))
+    tasks = [IngestTask(group.path, block, {p.tensor: held[p.tensor] for p in block.pieces}) for block in blocks]
+    receipts = engine.run(f"ingest {name}", ingest_block, tasks, [block.label for block in blocks])
+    problems = _non_finite(name, receipts)
+    if not problems:
         check_unchanged("base", job.base)
-        for identity, (name, group) in fresh.items():
-            check_unchanged(f"expert {name}", job.experts[name])
-            _finish(group, mine[identity])
-    read, written = sum(r.bytes_read for r in receipts), sum(r.bytes_written for r in receipts)
-    return StageResult(read, written, len(groups) - len(fresh))
+        check_unchanged(f"expert {name}", job.experts[name])
+        _finish(group, receipts)
+    return receipts, problems
+
+
+def ingest(job: Job, engine: Engine) -> StageResult:
+    """Bring every expert's deltas into the store; those that are there already are not read again.
+
+    Experts are finished one after the other, so that a failure keeps those before it.
+    """
+    names = {job.experts[name].id: name for name in job.experts}  # an expert may stand under two names
+    (job.deltas / job.base.id).mkdir(parents=True, exist_ok=True)
+    receipts: list[IngestReceipt] = []
+    problems: dict[str, None] = {}
+    reused = 0
+    with ExitStack() as locks:
+        for identity in sorted(names):  # one order for all runs, so that two of them cannot wait for each other
+            locks.enter_context(FileLock(job.deltas / job.base.id / f".{identity}.lock"))
+        for identity, name in names.items():
+            group = expert_group(job.deltas, job.base.id, identity)
+            if _is_whole(group):
+                reused += 1
+                continue
+            found, wrong = _ingest_expert(job, engine, name, group)
+            receipts += found
+            problems |= dict.fromkeys(wrong)
+    if problems:
+        raise CheckpointError.listing("weights that are not numbers cannot be merged; train or download them again", problems)
+    if reused == len(names):
+        engine.reporter.start("ingest", 0)
+    return StageResult(sum(r.bytes_read for r in receipts), sum(r.bytes_written for r in receipts), reused)

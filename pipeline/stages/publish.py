@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from pipeline.job import KERNEL, Job, check_unchanged, package_versions
+from pipeline.job import KERNEL, Job, package_versions
 from pipeline.stages.merge import MergeReceipt
 from pipeline.stages.pack import Packed
 from storage.artifact import publish as publish_folder
@@ -61,8 +61,7 @@ def publish(
     moved: Mapping[str, int],
 ) -> tuple[Manifest, bool]:
     """Write card and manifest and publish. Returns the manifest and whether the version is new."""
-    for label, source in [("base", job.base), *((f"expert {name}", source) for name, source in job.experts.items())]:
-        check_unchanged(label, source)
+    job.check_sources()
     others = {p.relative_to(job.staged).as_posix() for p in job.staged.rglob("*") if p.is_file()} - packed.pool_files.keys()
     records = {**packed.pool_files, **{name: _file_record(job, name) for name in others}}
     manifest = Manifest(

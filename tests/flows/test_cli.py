@@ -31,8 +31,11 @@ def test_the_verbs_of_a_newcomer(family: Family, tmp_path: Path) -> None:
     done = command("run", recipe, "--set", "merge.groups=3")
     assert done.returncode == 0, done.stderr
     assert "published version" in done.stdout
-    assert [line.split(":")[0] for line in done.stderr.splitlines()] == [
-        "resolve", "ingest", "similarity", "cluster", "merge", "pack", "router",
+    lines = [line.split(": ")[0] for line in done.stderr.splitlines()]
+    assert lines.count("note") == 4  # rows of two extended vocabularies
+    ingested = [f"ingest {name}" for name in family.experts]
+    assert [line for line in lines if line != "note"] == [
+        "resolve", *ingested, "similarity", "cluster", "merge", "pack", "router",
     ]  # fmt: skip
     again = command("run", recipe, "--set", "merge.groups=3", "--json")
     assert json.loads(again.stdout)["new"] is False
@@ -244,8 +247,11 @@ def test_output_folders_may_have_any_name(family: Family, tmp_path: Path) -> Non
     done = command("run", family.recipe(), "--output", place)
     assert done.returncode == 0, done.stderr
     assert command("verify", place).returncode == 0
-    assert command("export", place, "math", ".", cwd=make_folder(tmp_path / "here")).returncode == 0
-    assert (tmp_path / "here" / "model.safetensors").is_file()
+    here = make_folder(tmp_path / "here")
+    identity = here.stat().st_ino
+    assert command("export", place, "math", ".", cwd=here).returncode == 0
+    assert sorted(path.name for path in here.iterdir()) == ["config.json", "model.safetensors", "tokenizer_config.json"]
+    assert here.stat().st_ino == identity  # the shell that stands here keeps standing here
 
 
 def test_sources_are_shown_as_they_are(family: Family, tmp_path: Path) -> None:
@@ -254,6 +260,12 @@ def test_sources_are_shown_as_they_are(family: Family, tmp_path: Path) -> None:
     recipe = Family(moved, family.base, family.experts).recipe(output=str(tmp_path / "output"))
     assert command("run", recipe).returncode == 0
     assert "[a] [bold]/math" in command("inspect", tmp_path / "output").stdout
+
+
+def test_an_expert_in_short_form_takes_a_weight(family: Family) -> None:
+    assert command("run", family.recipe(), "--set", "experts.math.weight=2").returncode == 0
+    found = command("inspect", family.folder.parent / "output", "--json")
+    assert json.loads(found.stdout)["experts"]["math"]["weight"] == 2.0
 
 
 def make_folder(path: Path) -> Path:

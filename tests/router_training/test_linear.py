@@ -9,7 +9,7 @@ from distributed import Client, LocalCluster
 
 from router_training.data import in_validation, load_queries
 from router_training.linear import evaluate, feature_block, train, train_router
-from serving.router import FeatureSpec, features, load_router
+from serving.router import FeatureSpec, LinearRouter, features, load_router
 from storage.errors import QueryDataError
 
 
@@ -66,6 +66,16 @@ def test_separable_domains_are_told_apart(tmp_path: Path, names: tuple[str, ...]
     assert found["accuracy"] >= 0.98
     assert np.array(found["confusion"]).shape == (len(names), len(names))
     assert np.array(found["confusion"]).sum() == found["queries"] == len(queries.validation)
+
+
+def test_confusion_rows_are_the_querys_expert() -> None:
+    router = LinearRouter(("a", "b"), FeatureSpec(size=8), np.zeros((2, 8), np.float32), np.array([1.0, 0.0], np.float32))
+    assert evaluate(router, [("x", 1), ("y", 1), ("z", 0)])["confusion"] == [[1, 0], [2, 0]]
+
+
+def test_the_seed_counts(tmp_path: Path) -> None:
+    queries = load_queries(example(tmp_path))
+    assert not np.array_equal(train(queries, 0).weights, train(queries, 1).weights)
 
 
 def test_training_gives_the_same_bits_with_and_without_a_cluster(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pipeline.engine import Silent
 from serving import lookup
 from serving.lookup import export
 from storage.artifact import Artifact
+from storage.checkpoint import SIDE_FILES
 from storage.errors import ArtifactError, OutputExistsError
 from tests.support.running import merged
 from tests.support.tiny_experts import NAMES, Family, read_checkpoint
@@ -38,6 +39,10 @@ def test_exported_experts_load_in_transformers_and_answer_alike(
     whole: Artifact, tiny_mistral: Path, tmp_path: Path, expert: str
 ) -> None:
     export(whole, expert, tmp_path / expert)
+    beside = [path.name for path in (tiny_mistral / "experts" / expert).iterdir() if path.name in SIDE_FILES]
+    assert len(beside) == 4
+    for name in beside:
+        assert (tmp_path / expert / name).read_bytes() == (tiny_mistral / "experts" / expert / name).read_bytes()
     own, found = (AutoModelForCausalLM.from_pretrained(f) for f in (tiny_mistral / "experts" / expert, tmp_path / expert))
     assert {n: p.shape for n, p in own.named_parameters()} == {n: p.shape for n, p in found.named_parameters()}
     tokenizers = [AutoTokenizer.from_pretrained(f) for f in (tiny_mistral / "experts" / expert, tmp_path / expert)]

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from flows.run import Outcome
 from serving.lookup import export
@@ -127,6 +128,36 @@ def test_a_damaged_version_is_built_again(outcome: Outcome, family: Family) -> N
     assert (again.new, again.version) == (True, outcome.version)
     assert Artifact(outcome.path).verify() == []
     assert [path.name for path in (outcome.path.parent / ".work").iterdir() if path.is_dir()] == []
+
+
+def test_a_version_with_a_flipped_byte_is_built_again(outcome: Outcome, family: Family) -> None:
+    pool = outcome.path / "pool-00001-of-00001.safetensors"
+    raw = bytearray(pool.read_bytes())
+    raw[-3] ^= 1
+    pool.write_bytes(raw)
+    again = merged(family.recipe(router=router_of(family)))
+    assert (again.new, again.version) == (True, outcome.version)
+    assert Artifact(outcome.path).verify() == []
+
+
+def test_a_manifest_that_names_another_version_is_found(outcome: Outcome) -> None:
+    other = outcome.manifest.model_copy(update={"version": "0" * 16})
+    (outcome.path / MANIFEST).write_bytes(other.to_bytes())
+    assert any("its files make version" in problem for problem in Artifact(outcome.path).verify())
+
+
+def test_an_expert_without_all_its_tensors_is_not_exported(outcome: Outcome, tmp_path: Path) -> None:
+    path = outcome.path / "experts" / "math" / "rows.safetensors"
+    rows = load_file(path)
+    rows.pop("model.norm.weight")
+    save_file(rows, path)
+    with pytest.raises(ArtifactError, match=r"rows.safetensors is missing or damaged .*expected rows of 21 tensors, got 20"):
+        export(Artifact(outcome.path), "math", tmp_path / "x")
+
+
+def test_foreign_links_are_found(outcome: Outcome) -> None:
+    (outcome.path / "link").symlink_to("/tmp", target_is_directory=True)
+    assert Artifact(outcome.path).verify() == ["link is not part of the artifact"]
 
 
 def test_a_renamed_version_is_not_taken_for_done(outcome: Outcome, family: Family) -> None:

@@ -31,10 +31,11 @@ def test_differences_are_lossless_for_every_bit_pattern(data: st.DataObject, dty
 
 def test_digests_tell_rows_apart() -> None:
     rows = np.array([[1, 2], [1, 2], [2, 1]], np.uint16)
-    found = row_digests(rows)
+    found = row_digests(rows, "BF16")
     assert found.shape == (3, 16)
     assert (found[0] == found[1]).all()
     assert (found[0] != found[2]).any()
+    assert (found != row_digests(rows, "F16")).any(axis=1).all()
 
 
 def expert_groups(family: Family, outcome: Outcome) -> dict[str, Path]:

@@ -46,6 +46,14 @@ def test_a_torn_cache_is_only_a_cache(tmp_path: Path) -> None:
     assert DigestCache(tmp_path / "cache.json").sha256([path])[path] == hashlib.sha256(b"one").hexdigest()
 
 
+def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    cache = DigestCache(tmp_path / "file" / "cache.json")
+    assert cache.sha256([path])[path] == hashlib.sha256(b"one").hexdigest()
+
+
 def test_ids_depend_on_names_and_contents_not_order() -> None:
     assert short_id({"a": "1", "b": "2"}) == short_id({"b": "2", "a": "1"})
     assert short_id({"a": "1", "b": "2"}) != short_id({"a": "2", "b": "1"})
