@@ -11,8 +11,8 @@ from typing import Protocol
 
 SLICE_ELEMENTS = 1 << 20
 """Entries of one expert that a kernel sees at once, at most: beyond that speed gains nothing."""
-DECODE_COPIES = 3
-"""Copies of a chunk that exist while Zarr decodes it: encoded, decoded, and in the result."""
+DECODE_COPIES = 4
+"""Copies of a chunk that exist while Zarr codes it: encoded, decoded, in the result, and what the allocator keeps."""
 
 
 M_TRIM_THRESHOLD, TRIM_BYTES = -1, 65536
