@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from flows.run import STAGES, Outcome, Run, execute, outcome, prepare, read_recipe, unchanged, workplace
-from pipeline.engine import open_engine
-from pipeline.job import Job
-from pipeline.recipe import Recipe
+from flows.run import read_recipe, run_recipe
 
 
 class FlowReporter:
@@ -36,15 +34,18 @@ class FlowReporter:
         self._logger.info("%s", text)
 
 
-# Nothing is cached by Prefect, whose default key holds the run id: what is finished is decided by the stores.
-@task(name="resolve", cache_policy=NO_CACHE)
-def resolve(recipe: Recipe) -> Job:
-    """Plan the recipe and identify its sources."""
-    return prepare(recipe)
+def as_task(name: str, body: Callable[[], Any]) -> Any:
+    """Run a step as a Prefect task run of its name.
 
+    A body without arguments: Prefect would walk through them and hash them. Nothing is cached by Prefect, whose default
+    key holds the run id: what is finished is decided by the stores.
+    """
 
-def _summary(result: Outcome) -> dict[str, Any]:
-    return {"version": result.version, "path": str(result.path), "new": result.new}
+    @task(name=name, cache_policy=NO_CACHE, tags=["channel-merging"])
+    def run_step() -> Any:
+        return body()
+
+    return run_step()
 
 
 @flow(name="merge", description="Merge experts of one base into an artifact: channel-merge run, orchestrated.")
@@ -60,21 +61,5 @@ def merge(
     ``recipe`` is the path of a YAML file; ``settings`` overrides its keys, for example {"merge.groups": 3}; the others
     are as on the command line.
     """
-    read = read_recipe(Path(recipe), settings, output, deltas, cluster)
-    job = resolve(read)
-    reporter = FlowReporter()
-    for note in job.plan.notes:
-        reporter.note(note)
-    if found := unchanged(job):
-        return _summary(found)
-    run = Run(job)
-    with workplace(job), open_engine(read.cluster, reporter) as engine:
-        for stage in STAGES:
-            # a closure, not arguments: Prefect would walk through them and hash them
-            @task(name=stage.__name__, cache_policy=NO_CACHE, tags=["channel-merging"])
-            def run_stage() -> float:
-                execute(stage, run, engine)  # noqa: B023 - called in this very iteration
-                return run.seconds[stage.__name__]  # noqa: B023
-
-            run_stage()
-    return _summary(outcome(run))
+    result = run_recipe(read_recipe(Path(recipe), settings, output, deltas, cluster), FlowReporter(), as_task)
+    return {"version": result.version, "path": str(result.path), "new": result.new}

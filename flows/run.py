@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -19,6 +20,8 @@ from router_training.data import load_queries
 from storage.artifact import WORK, find_by_inputs, make_latest
 from storage.errors import RecipeError, StoreBusyError
 from storage.manifest import Manifest
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -196,10 +199,18 @@ def check_queries(recipe: Recipe) -> None:
         load_queries({name: Path(place) for name, place in recipe.router.queries.items()})
 
 
-def run_recipe(recipe: Recipe, reporter: Reporter) -> Outcome:
-    """Resolve a recipe and run every stage; do nothing when the same inputs have been published."""
+def directly(name: str, body: Callable[[], Result]) -> Result:
+    """Run a step as it is."""
+    return body()
+
+
+def run_recipe(recipe: Recipe, reporter: Reporter, step: Callable[[str, Callable[[], Any]], Any] = directly) -> Outcome:
+    """Resolve a recipe and run every stage; do nothing when the same inputs have been published.
+
+    ``step(name, body)`` runs one step and returns what the body returns: a flow makes a task run of each.
+    """
     reporter.start("resolve", 1)
-    job = prepare(recipe)
+    job: Job = step("resolve", lambda: prepare(recipe))
     reporter.advance("resolve", f"{len(job.plan.tensors)} tensors")
     for note in job.plan.notes:
         reporter.note(note)
@@ -208,5 +219,5 @@ def run_recipe(recipe: Recipe, reporter: Reporter) -> Outcome:
     run = Run(job)
     with workplace(job), open_engine(recipe.cluster, reporter) as engine:
         for stage in STAGES:
-            execute(stage, run, engine)
+            step(stage.__name__, partial(execute, stage, run, engine))
     return outcome(run)

@@ -13,6 +13,8 @@ from pipeline.memory import return_freed_memory
 from pipeline.recipe import ClusterSection
 from storage.errors import ClusterError
 
+CONNECT_SECONDS = 30
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -116,7 +118,13 @@ def open_engine(cluster: ClusterSection, reporter: Reporter) -> Iterator[Engine]
     from distributed import Client, LocalCluster
 
     if cluster.where != "local":
-        with Client(cluster.where, timeout="30s") as client:
+        try:
+            remote = Client(cluster.where, timeout=CONNECT_SECONDS)
+        except (OSError, ValueError) as error:
+            raise ClusterError(
+                f"no Dask scheduler answers at {cluster.where} ({error}). Start one there, or use --cluster local."
+            ) from None
+        with remote as client:
             yield DaskEngine(client, reporter)
         return
     workers = cluster.workers or default_workers()

@@ -75,6 +75,19 @@ class TensorInfo:
         return np.frombuffer(buffer, dtype.bits).reshape(stop - start, self.width)
 
 
+def padded_rows(info: TensorInfo | None, start: int, stop: int, like: TensorInfo) -> tuple[NDArray[Any], str]:
+    """Rows [start, stop) as raw bits, 0 where the tensor has no such row, and their data type.
+
+    A tensor that does not exist at all is rows of 0 in the shape and type of ``like``.
+    """
+    dtype = (info or like).dtype
+    out = np.zeros((stop - start, like.width), DTYPES[dtype].bits)
+    if info is not None and start < info.rows:
+        rows = info.read(start, min(stop, info.rows))
+        out[: len(rows)] = rows
+    return out, dtype
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose headers have been read and found sound."""

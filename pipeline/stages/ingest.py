@@ -19,7 +19,7 @@ from pipeline.job import Job, check_unchanged
 from pipeline.kernels.bits import cast, count_non_finite, to_float
 from pipeline.plan import Block, plan_blocks
 from storage.arrays import ArrayGroup, ChunkDigests
-from storage.checkpoint import TensorInfo
+from storage.checkpoint import TensorInfo, padded_rows
 from storage.deltas import create_expert_group, difference, digest_array, expert_group, row_digests
 from storage.errors import CheckpointError
 from storage.layout import DTYPES
@@ -73,16 +73,6 @@ class StageResult:
     """Parts found finished from an earlier run."""
 
 
-def _base_rows(base: TensorInfo | None, start: int, stop: int, like: TensorInfo) -> tuple[NDArray[Any], str]:
-    """The base's rows, in its own data type, 0 where it has no such row; and that type."""
-    dtype = base.dtype if base is not None else like.dtype
-    out = np.zeros((stop - start, like.width), DTYPES[dtype].bits)
-    if base is not None and start < base.rows:
-        rows = base.read(start, min(stop, base.rows))
-        out[: len(rows)] = rows
-    return out, dtype
-
-
 def chunk_statistics(expert: NDArray[Any], dtype: str, base: NDArray[Any], base_dtype: str) -> ChunkStatistics:
     """Statistics of one chunk; both arrays (rows, width) raw bits of their data types."""
     bad, base_bad = count_non_finite(expert, dtype), count_non_finite(base, base_dtype)
@@ -111,7 +101,7 @@ def ingest_block(task: IngestTask) -> IngestReceipt:
         for start in range(piece.start, piece.stop, info.chunk_rows):
             stop = min(start + info.chunk_rows, piece.stop)
             expert = info.read(start, stop)
-            rows, dtype = _base_rows(base, start, stop, info)
+            rows, dtype = padded_rows(base, start, stop, info)
             statistics.append((piece.tensor, start, chunk_statistics(expert, info.dtype, rows, dtype)))
             chunks.update(group.write(piece.tensor, start, difference(expert, cast(rows, dtype, info.dtype))))
             chunks.update(group.write(digest_array(piece.tensor), start, row_digests(expert, info.dtype)))

@@ -25,6 +25,7 @@ from pipeline.rows import Kind, RowTable, members
 from pipeline.stages.cluster import table_path
 from pipeline.stages.similarity import expert_bits
 from storage.arrays import ArrayGroup
+from storage.checkpoint import padded_rows
 from storage.deltas import expert_group
 from storage.errors import CheckpointError
 from storage.layout import DTYPES, SHARD_BYTES
@@ -188,15 +189,6 @@ def _prepare(
     return _Slice(tensor, first, base, own, deltas, pruned)
 
 
-def _read_base(tensor: TensorPlan, start: int, stop: int) -> NDArray[Any]:
-    """The base's bits; 0 where it has no such row."""
-    out = np.zeros((stop - start, tensor.width), DTYPES[tensor.dtype].bits)
-    if tensor.base is not None and start < tensor.base_rows:
-        rows = tensor.base.read(start, min(stop, tensor.base_rows))
-        out[: len(rows)] = rows
-    return out
-
-
 def _cuts(start: int, stop: int, step: int, border: int) -> list[tuple[int, int]]:
     """Cut [start, stop) into ranges of at most ``step`` rows, none of which crosses the border."""
     edges = sorted({start, stop, *range(start, stop, step), *([border] if start < border < stop else [])})
@@ -215,7 +207,7 @@ def merge_block(task: MergeTask) -> MergeReceipt:
         rows_at_once = memory.slice_rows(task.memory, tensor.chunk_rows, tensor.width, len(task.experts))
         for start in range(piece.start, piece.stop, tensor.chunk_rows):
             stop = min(start + tensor.chunk_rows, piece.stop)
-            base = _read_base(tensor, start, stop)
+            base, _ = padded_rows(tensor.base, start, stop, tensor.reference)
             stored: list[NDArray[Any] | None] = []
             for name, group in zip(task.experts, groups, strict=True):
                 info = tensor.experts.get(name)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -236,6 +237,16 @@ def test_a_worker_that_dies_again_and_again_is_explained(tmp_path: Path) -> None
     message = r"merge: layer 7: every worker that tried this block died, 4 of them"
     with open_engine(ClusterSection(kind="local", workers=1), Silent()) as engine, pytest.raises(ClusterError, match=message):
         engine.run("merge", die, [None], ["layer 7"])
+
+
+def test_a_scheduler_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.engine.CONNECT_SECONDS", 1)
+    with socket.socket() as closed:  # bound, not listening: nothing answers there
+        closed.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{closed.getsockname()[1]}"
+        message = rf"no Dask scheduler answers at {address} .* Start one there, or use --cluster local"
+        with pytest.raises(ClusterError, match=message), open_engine(ClusterSection(address=address), Silent()):
+            pass
 
 
 def die(task: None) -> None:
