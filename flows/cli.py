@@ -115,9 +115,8 @@ def run(
 def _size_line(manifest: Any) -> str:
     numbers = manifest.parameters
     count = len(manifest.experts)
-    return (
-        f"{numbers.pool:,} parameters stored for {count} experts of {numbers.experts:,} together ({100 * numbers.ratio:.1f} %)"
-    )
+    stored = numbers.pool + numbers.residue
+    return f"{stored:,} parameters stored for {count} experts of {numbers.experts:,} together ({100 * numbers.ratio:.1f} %)"
 
 
 @app.command()
@@ -142,13 +141,15 @@ def inspect(artifact: ArtifactPlace, as_json: AsJson = False) -> None:
         for name, e in manifest.experts.items()
     ]
     _print_table("experts", ["expert", "parameters", "reconstruction error", "source"], rows)
-    kinds: dict[tuple[str, int], list[int]] = {}
+    kinds: dict[tuple[str, str], list[int]] = {}
     for record in manifest.tensors.values():
-        entry = kinds.setdefault((record.policy, record.groups), [0, 0])
+        entry = kinds.setdefault((record.policy, str(record.groups or "-")), [0, 0])
         entry[0] += 1
         entry[1] += record.rows
-    rows = [[policy, str(k or "-"), str(n), f"{r:,}"] for (policy, k), (n, r) in sorted(kinds.items())]
+    rows = [[policy, k, str(n), f"{r:,}"] for (policy, k), (n, r) in sorted(kinds.items())]
     _print_table("tensors", ["policy", "groups", "tensors", "pool rows"], rows)
+    for note in manifest.notes:
+        typer.echo(f"note: {note}")
 
 
 @app.command()

@@ -29,7 +29,8 @@ class Run:
     """A job under way and what its stages have found so far: ids and small receipts, never tensors."""
 
     job: Job
-    pool_rows: Mapping[str, int] = field(default_factory=dict)
+    measured: Any = None
+    grouping: Any = None
     pool: Any = None
     merged: Sequence[Any] = ()
     packed: Any = None
@@ -67,7 +68,7 @@ def similarity(run: Run, engine: Engine) -> None:
     """Bring the Gram table into the store."""
     from pipeline.stages import similarity as stage
 
-    result = stage.similarity(run.job, engine)
+    result, run.measured = stage.similarity(run.job, engine)
     run.count("similarity", result.bytes_read, result.bytes_written)
 
 
@@ -75,15 +76,17 @@ def cluster(run: Run, engine: Engine) -> None:
     """Group the experts of every channel."""
     from pipeline.stages import cluster as stage
 
-    run.pool_rows = stage.cluster(run.job, engine)
+    run.grouping = stage.cluster(run.job, engine)
+    for note in run.grouping.notes:
+        engine.reporter.note(note)
 
 
 def merge(run: Run, engine: Engine) -> None:
     """Fill the row pool."""
     from pipeline.stages import merge as stage
 
-    run.pool = stage.lay_out(run.job, run.pool_rows)
-    run.merged = stage.merge(run.job, engine, run.pool)
+    run.pool = stage.lay_out(run.job, run.grouping.rows)
+    run.merged = stage.merge(run.job, engine, run.pool, run.measured)
     run.count("merge", sum(r.bytes_read for r in run.merged), sum(r.bytes_written for r in run.merged))
 
 
@@ -112,7 +115,9 @@ def publish(run: Run, engine: Engine) -> None:
     """Make the staged folder a version, and the latest."""
     from pipeline.stages import publish as stage
 
-    run.manifest, run.new = stage.publish(run.job, run.packed, run.merged, run.router, run.seconds, run.moved)
+    run.manifest, run.new = stage.publish(
+        run.job, run.grouping, run.measured, run.packed, run.merged, run.router, run.seconds, run.moved
+    )
 
 
 STAGES: tuple[Callable[[Run, Engine], None], ...] = (ingest, similarity, cluster, merge, pack, router, publish)

@@ -6,6 +6,7 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -49,6 +50,8 @@ class Engine(Protocol):
     """Runs a function over tasks."""
 
     reporter: Reporter
+    threads: int
+    """Threads that a task may compute on."""
 
     def run(self, stage: str, function: Callable[[Task], Result], tasks: Sequence[Task], labels: Sequence[str]) -> list[Result]:
         """Results in the order of the tasks. The first error ends the stage."""
@@ -60,6 +63,7 @@ class SerialEngine:
 
     def __init__(self, reporter: Reporter) -> None:
         self.reporter = reporter
+        self.threads = default_workers()
 
     def run(self, stage: str, function: Callable[[Task], Result], tasks: Sequence[Task], labels: Sequence[str]) -> list[Result]:
         self.reporter.start(stage, len(tasks))
@@ -70,15 +74,39 @@ class SerialEngine:
         return results
 
 
+class ThreadEngine:
+    """Tasks on threads of this process: what they do most of the time, reading, decoding, computing, needs no interpreter."""
+
+    def __init__(self, reporter: Reporter, workers: int) -> None:
+        self.reporter = reporter
+        self.workers = workers
+        self.threads = 1
+
+    def run(self, stage: str, function: Callable[[Task], Result], tasks: Sequence[Task], labels: Sequence[str]) -> list[Result]:
+        self.reporter.start(stage, len(tasks))
+        with ThreadPoolExecutor(self.workers, thread_name_prefix=stage) as pool:
+            futures = {pool.submit(function, task): i for i, task in enumerate(tasks)}
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    self.reporter.advance(stage, labels[futures[future]])
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        return [future.result() for future in futures]
+
+
 class DaskEngine:
     """Tasks on the workers of a Dask cluster."""
 
     def __init__(self, client: Any, reporter: Reporter) -> None:
         self.client = client
         self.reporter = reporter
+        self.threads = 1  # workers are as many as cores
 
     def run(self, stage: str, function: Callable[[Task], Result], tasks: Sequence[Task], labels: Sequence[str]) -> list[Result]:
-        from distributed import KilledWorker, as_completed
+        from distributed import KilledWorker
+        from distributed import as_completed as completed
 
         self.reporter.start(stage, len(tasks))
         run = uuid.uuid4().hex[:8]  # keys are unique per run: completion is decided by the stores, not by Dask's cache
@@ -88,7 +116,7 @@ class DaskEngine:
         }
         results: list[Any] = [None] * len(tasks)
         try:
-            for future in as_completed(list(futures)):
+            for future in completed(list(futures)):
                 position = futures[future]
                 try:
                     results[position] = future.result()
@@ -113,7 +141,7 @@ def open_engine(cluster: ClusterSection, reporter: Reporter) -> Iterator[Engine]
     """The engine a recipe asks for; a local cluster lives as long as the context."""
     if cluster.where == "none":
         return_freed_memory()
-        yield SerialEngine(reporter)
+        yield ThreadEngine(reporter, cluster.workers or default_workers())
         return
     from distributed import Client, LocalCluster
 

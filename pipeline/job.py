@@ -16,8 +16,7 @@ from storage.digests import DigestCache, digest_of, sha256_file, short_id, stamp
 from storage.errors import ChannelMergingError, CheckpointError, OutputExistsError, PlanError, QueryDataError
 from storage.layout import ARTIFACT_FORMAT
 
-KERNEL = "torch-cpu"
-COMPUTING_PACKAGES = ("numpy", "torch", "scikit-learn", "dask-ml", "mmh3")
+COMPUTING_PACKAGES = ("numpy", "numba", "torch", "scikit-learn", "dask-ml", "mmh3")
 """Packages whose arithmetic the result depends on; their major versions are part of a job's inputs."""
 RECORDED_PACKAGES = (*COMPUTING_PACKAGES, "zarr", "safetensors", "dask", "distributed")
 
@@ -123,7 +122,7 @@ def _inputs(recipe: Recipe, base: Source, experts: Mapping[str, Source], queries
     """Digest of what determines the result: not paths, cluster or display name."""
     covered: dict[str, Any] = {
         "format": ARTIFACT_FORMAT,
-        "kernel": KERNEL,
+        "kernel": recipe.cluster.kernel,
         "merge": recipe.merge.model_dump(mode="json"),
         "router": {"kind": recipe.router.kind, "queries": dict(queries)},
         "base": dict(base.files),

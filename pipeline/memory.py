@@ -15,18 +15,21 @@ DECODE_COPIES = 4
 """Copies of a chunk that exist while Zarr codes it: encoded, decoded, in the result, and what the allocator keeps."""
 
 
-M_TRIM_THRESHOLD, TRIM_BYTES = -1, 65536
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES, MAPPED_BYTES = 64 << 20, 32 << 20
+"""What glibc may keep of freed memory, and the size from which an array is mapped for itself and unmapped when freed."""
 
 
 def return_freed_memory() -> None:
-    """Make glibc give freed arrays back to the system at once, as Dask does for its workers.
+    """Make glibc give most of what is freed back to the system.
 
-    Otherwise it keeps up to twice the largest array freed so far, and a process holds about double what it uses. Other C
-    libraries have no such call and need none.
+    Left alone it keeps up to twice the largest array freed so far. Set to keep nothing, it maps every array anew, and most
+    of a run's time goes into the system's clearing of pages. Other C libraries have no such call and need none.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_TRIM_THRESHOLD, TRIM_BYTES)
+        mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 class _Tensor(Protocol):

@@ -8,10 +8,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from pipeline import memory
-from pipeline.recipe import Recipe, rule_for
+from pipeline.recipe import AUTO, Recipe, rule_for
 from pipeline.roles import TRANSPOSED_MODELS, default_policy, is_head, is_vocabulary, layer_of, natural_order, tie_partner
 from storage.checkpoint import Checkpoint, TensorInfo
 from storage.errors import PlanError
@@ -27,7 +27,7 @@ class TensorPlan:
     name: str
     policy: str
     """merge, private or base."""
-    groups: int
+    groups: int | Literal["auto"]
     """K; 0 unless the policy is merge."""
     base: TensorInfo | None
     """The base's rows; of a tied head or embedding, the partner's. None when only experts have the tensor."""
@@ -55,6 +55,16 @@ class TensorPlan:
     def rows(self) -> int:
         """Channels, over all experts."""
         return max(info.rows for info in self.experts.values())
+
+    @property
+    def is_clustered(self) -> bool:
+        """Whether its experts are to be grouped: neither all together nor each alone."""
+        return self.policy == "merge" and (self.groups == AUTO or 1 < self.groups < len(self.experts))
+
+    @property
+    def is_combined(self) -> bool:
+        """Whether deltas meet: not where every expert has a group of its own."""
+        return self.policy == "merge" and (self.groups == AUTO or self.groups < len(self.experts))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -114,6 +124,16 @@ class MergePlan:
     @property
     def merged(self) -> list[TensorPlan]:
         return [tensor for tensor in self.tensors.values() if tensor.policy == "merge"]
+
+    @property
+    def clustered(self) -> list[TensorPlan]:
+        """Merged tensors whose experts are to be grouped: neither all together nor each alone."""
+        return [tensor for tensor in self.merged if tensor.is_clustered]
+
+    @property
+    def combined(self) -> list[TensorPlan]:
+        """Merged tensors where deltas meet: all but those with a group for each expert."""
+        return [tensor for tensor in self.merged if tensor.is_combined]
 
     def blocks(self, tensors: Iterable[Tall]) -> list[Block]:
         """Blocks over these tensors, sized so that a worker has several and the memory budget holds."""

@@ -44,6 +44,7 @@ def _name(value: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_name)]
+AUTO: Literal["auto"] = "auto"
 
 
 def _scaling(value: Any) -> str | float:
@@ -52,6 +53,14 @@ def _scaling(value: Any) -> str | float:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < sys.float_info.max:
         return float(value)
     raise ValueError("expected 'mean' or a number above 0")
+
+
+def _groups(value: Any) -> int | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    raise ValueError("expected 'auto' or a whole number from 1 on")
 
 
 def _expert(value: Any) -> Any:
@@ -69,28 +78,47 @@ class ExpertSpec(_Section):
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
+Groups = Annotated[int | Literal["auto"], PlainValidator(_groups)]
+
+
 class Rule(_Section):
     """Overrides for tensors whose name matches a glob; the first match wins, and only the keys it names are set."""
 
     match: str
     policy: Literal["merge", "private", "base"] | None = None
-    groups: int | None = Field(default=None, ge=1)
+    groups: Groups | None = None
 
 
 class MergeSection(_Section):
     """What is done to the deltas (paper, section 3.2)."""
 
-    groups: int = Field(default=2, ge=1)
-    """K, the number of groups per channel."""
+    groups: Groups = 2
+    """K, the number of groups per channel; ``auto`` chooses it for every channel."""
+    budget: float | None = Field(default=None, gt=0, le=1)
+    """With ``groups: auto``: entries of the pool, as a share of all experts' entries in merged tensors."""
     granularity: Literal["channel", "layer", "model"] = "channel"
     """What is grouped as one: an output channel, a weight matrix, or all matrices of the model."""
-    clustering: Literal["kmeans", "spherical", "random"] = "kmeans"
-    metric: Literal["cosine", "euclidean"] = "cosine"
-    method: Literal["task_arithmetic", "dare"] = "dare"
+    clustering: Literal["kmeans", "spherical", "sign", "random"] = "kmeans"
+    metric: Literal["cosine", "euclidean", "manhattan"] = "cosine"
+    sign: Literal["vector", "mass"] = "vector"
+    """How ``clustering: sign`` reads a delta: ``vector`` clusters the rows' signs, ``mass`` splits by the sign of their sum."""
+    method: Literal["average", "task_arithmetic", "ties", "dare", "dare_ties", "slerp", "byom"] = "dare"
     scaling: Annotated[Literal["mean"] | float, PlainValidator(_scaling)] = "mean"
     """``mean``: sum(w d) / sum(w) over the group; a number: lambda of Eq. 3, lambda * sum(w d)."""
+    combine: Literal["sum", "mean"] | None = None
+    """With a number as scaling, what it multiplies: the weighted sum (the default) or the weighted mean."""
     density: float = Field(default=0.7, gt=0, le=1)
-    """Share of delta entries DARE keeps."""
+    """Share of delta entries that TIES and DARE keep."""
+    trim_scope: Literal["row", "tensor", "model"] = "tensor"
+    """Over what TIES ranks an expert's entries by size."""
+    rescale: Literal["density", "l1"] = "density"
+    """What DARE multiplies kept entries by: 1 / density, or what restores the tensor's L1 norm."""
+    t: float = Field(default=0.5, ge=0, le=1)
+    """SLERP: how far from the first expert of a pair, by name, to the second."""
+    keep: float = Field(default=0.3, gt=0, le=1)
+    """BYOM: share of each row's entries that every expert keeps for itself."""
+    residual: Literal["merged", "delta"] = "merged"
+    """BYOM: whether the entries kept are those furthest from the merged model, or the largest of the expert's delta."""
     singleton: Literal["keep", "scale"] = "keep"
     """``keep``: an expert alone in its group keeps its exact row; ``scale``: it is pruned and scaled like any group."""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -112,8 +140,10 @@ class ClusterSection(_Section):
     address: str | None = None
     """A running scheduler, tcp://host:port; its workers see the same folders."""
     workers: int | None = Field(default=None, ge=1)
-    """Worker processes of a local cluster; by default one per CPU core, at most eight."""
+    """Worker processes of a local cluster, threads of kind none; by default one per CPU core, at most eight."""
     memory: Annotated[int, BeforeValidator(parse_bytes)] = Field(default=2 * 1024**3, ge=1)
+    kernel: Literal["fused", "torch-cpu", "cuda"] = "fused"
+    """What computes: compiled CPU code, torch on the CPU, or torch on each worker's GPU."""
 
     @property
     def where(self) -> str:
@@ -126,7 +156,7 @@ class Recipe(_Section):
 
     name: Name
     base: str
-    experts: dict[Name, Annotated[ExpertSpec, BeforeValidator(_expert)]] = Field(min_length=1, max_length=8)
+    experts: dict[Name, Annotated[ExpertSpec, BeforeValidator(_expert)]] = Field(min_length=1, max_length=64)
     merge: MergeSection = MergeSection()
     router: RouterSection = RouterSection()
     deltas: str = "./deltas"
@@ -208,14 +238,52 @@ def _at(folder: Path, place: str) -> str:
     return str((folder / Path(place.removeprefix("file://")).expanduser()).resolve())
 
 
-def _cross_check(recipe: Recipe) -> list[str]:
+def _asked_groups(merge: MergeSection) -> list[tuple[str, int | Literal["auto"]]]:
+    """Every K of the recipe with its key."""
+    rules = [(f"merge.rules.{i}.groups", rule.groups) for i, rule in enumerate(merge.rules)]
+    return [("merge.groups", merge.groups), *((where, groups) for where, groups in rules if groups is not None)]
+
+
+def _group_problems(merge: MergeSection, count: int) -> list[str]:
+    """What is wrong with the number of groups, for this many experts."""
     problems = []
-    names, count = recipe.experts, len(recipe.experts)
-    asked = [("merge.groups", recipe.merge.groups)]
-    asked += [(f"merge.rules.{i}.groups", rule.groups or 1) for i, rule in enumerate(recipe.merge.rules)]
+    asked = _asked_groups(merge)
+    automatic = [where for where, groups in asked if groups == AUTO]
     for where, groups in asked:
-        if groups > count:
+        if groups != AUTO and groups > count:
             problems.append(f"{where}: expected at most {count}, the number of experts, got {groups}")
+        if merge.method == "byom" and groups != 1:
+            problems.append(f"{where}: byom keeps entries beside one merged model: expected 1, got {groups}")
+        if merge.method == "slerp" and (groups == AUTO or groups < count - 1):
+            problems.append(f"{where}: slerp merges pairs: with {count} experts expected at least {count - 1}, got {groups}")
+        if merge.clustering == "sign" and merge.sign == "mass" and groups not in (1, 2, count):
+            problems.append(f"{where}: the sign of a sum makes two groups: expected 2, got {groups}")
+    if merge.budget is not None and not automatic:
+        problems.append("merge.budget: it is spent by groups: auto; set that, or leave the budget out")
+    if merge.budget is not None and merge.budget * count < 1:
+        problems.append(f"merge.budget: one row per channel is 1/{count} of {count} experts; got {merge.budget}")
+    return problems
+
+
+def _method_problems(merge: MergeSection, experts: Mapping[str, ExpertSpec]) -> list[str]:
+    """Settings that contradict each other."""
+    problems = []
+    if merge.metric == "manhattan" and merge.clustering in ("spherical", "sign"):
+        problems.append(f"merge.metric: {merge.clustering} clustering knows cosine and euclidean, got manhattan")
+    if merge.method in ("average", "slerp") and (merge.scaling != "mean" or merge.combine is not None):
+        problems.append(f"merge.scaling: {merge.method} has no lambda; leave scaling and combine out or use task_arithmetic")
+    if merge.scaling == "mean" and merge.combine == "sum":
+        problems.append("merge.combine: scaling: mean is no sum; set scaling to a number, or combine to mean")
+    if merge.method == "slerp":
+        problems += [f"experts.{n}.weight: slerp goes by merge.t" for n, e in sorted(experts.items()) if e.weight != 1]
+        if merge.clustering == "sign" and merge.sign == "mass" and len(experts) > 2:
+            problems.append("merge.sign: slerp merges pairs, and the sign of a sum may put three experts together")
+    return problems
+
+
+def _cross_check(recipe: Recipe) -> list[str]:
+    names, count = recipe.experts, len(recipe.experts)
+    problems = _group_problems(recipe.merge, count) + _method_problems(recipe.merge, names)
     sources = [(f"experts.{name}", spec.source) for name, spec in sorted(names.items())]
     for where, place in [("base", recipe.base), *sources, ("deltas", recipe.deltas), ("output", recipe.output)]:
         if "://" in place and not place.startswith("file://"):

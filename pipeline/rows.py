@@ -15,15 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.kernels.forms import COMBINED, COPY_BASE, COPY_EXPERT
+
 
 class Kind(IntEnum):
     """How a pool row is made."""
 
-    EXACT = 0
+    EXACT = COPY_EXPERT
     """A copy of its first user's row."""
-    MERGED = 1
+    MERGED = COMBINED
     """Base plus the combined deltas of its users."""
-    BASE = 2
+    BASE = COPY_BASE
     """A copy of the base's row."""
 
 
@@ -64,11 +66,6 @@ class RowTable:
             return cls(stored["users"], stored["channel"], stored["kind"])
 
 
-def members(users: int) -> list[int]:
-    """Positions of the experts in a set."""
-    return [n for n in range(users.bit_length()) if users >> n & 1]
-
-
 def first_equal(digests: Sequence[NDArray[Any] | None], rows: int) -> NDArray[np.int16]:
     """(rows, N) int16: per channel and expert the first expert with the same row bits; -1 where it has no such row.
 
@@ -88,15 +85,10 @@ def first_equal(digests: Sequence[NDArray[Any] | None], rows: int) -> NDArray[np
     return out
 
 
-def build_table(
-    labels: NDArray[np.integer[Any]], equal: NDArray[np.int16], *, zero: NDArray[np.bool_], keep: NDArray[np.bool_]
-) -> RowTable:
-    """The row table from a grouping.
-
-    ``labels``: (rows, N) group of each expert per channel; ``equal``: see ``first_equal``; ``zero``: (rows, N) whether
-    the expert's row is the base's; ``keep``: (rows,) whether a group whose members' bits are equal (one expert, or
-    several with the same row) keeps the exact row. A group of zero deltas is the base's row.
-    """
+def _keys(
+    labels: NDArray[np.integer[Any]], equal: NDArray[np.int16], zero: NDArray[np.bool_], keep: NDArray[np.bool_]
+) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    """(rows, N) what experts that share a row have in common, -1 where an expert has none, and how the row is made."""
     rows, count = equal.shape
     present = equal >= 0
     key = np.where(present, equal, -1).astype(np.int32)
@@ -108,6 +100,32 @@ def build_table(
         grouped = present[:, n] & ~(identical & keep)
         key[grouped, n] = count + labels[grouped, n].astype(np.int32)
         kind[grouped, n] = np.where(unchanged, Kind.BASE, Kind.MERGED)[grouped]
+    return key, kind
+
+
+def row_counts(
+    labels: NDArray[np.integer[Any]], equal: NDArray[np.int16], *, zero: NDArray[np.bool_], keep: NDArray[np.bool_]
+) -> NDArray[np.int64]:
+    """(rows,) how many pool rows every channel of ``build_table`` would have."""
+    key = np.sort(_keys(labels, equal, zero, keep)[0], axis=1)
+    fresh = np.ones_like(key, bool)
+    fresh[:, 1:] = key[:, 1:] != key[:, :-1]
+    found: NDArray[np.int64] = (fresh & (key >= 0)).sum(axis=1)
+    return found
+
+
+def build_table(
+    labels: NDArray[np.integer[Any]], equal: NDArray[np.int16], *, zero: NDArray[np.bool_], keep: NDArray[np.bool_]
+) -> RowTable:
+    """The row table from a grouping.
+
+    ``labels``: (rows, N) group of each expert per channel; ``equal``: see ``first_equal``; ``zero``: (rows, N) whether
+    the expert's row is the base's; ``keep``: (rows,) whether a group whose members' bits are equal (one expert, or
+    several with the same row) keeps the exact row. A group of zero deltas is the base's row.
+    """
+    rows, count = equal.shape
+    present = equal >= 0
+    key, kind = _keys(labels, equal, zero, keep)
     users = np.zeros((rows, count), np.uint64)
     for m in range(count):
         bit = np.uint64(1 << m)

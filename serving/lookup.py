@@ -23,9 +23,20 @@ def expert_shape(artifact: Artifact, tensor: str, rows: NDArray[np.int32]) -> tu
     return shape if len(shape) < 2 else (len(rows), *shape[1:])
 
 
-def expert_tensor(artifact: Artifact, tensor: str, rows: NDArray[np.int32]) -> NDArray[Any]:
-    """Raw bits of one tensor of an expert, given the pool rows of its channels; in the checkpoint's own shape."""
-    return artifact.rows(tensor, rows).reshape(expert_shape(artifact, tensor, rows))
+Residue = tuple[NDArray[np.int32], NDArray[Any]]
+"""Columns and raw bits of the entries an expert keeps beside the pool, (rows, count) each."""
+
+
+def expert_tensor(artifact: Artifact, tensor: str, rows: NDArray[np.int32], residue: Residue | None = None) -> NDArray[Any]:
+    """Raw bits of one tensor of an expert, given the pool rows of its channels; in the checkpoint's own shape.
+
+    ``residue`` replaces entries of its first rows, if the expert keeps any.
+    """
+    bits = artifact.rows(tensor, rows)
+    if residue is not None:
+        columns, values = residue
+        np.put_along_axis(bits[: len(columns)], columns.astype(np.int64), values, axis=1)
+    return bits.reshape(expert_shape(artifact, tensor, rows))
 
 
 def export(artifact: Artifact, expert: str, target: Path) -> list[Path]:
@@ -61,7 +72,7 @@ def export(artifact: Artifact, expert: str, target: Path) -> list[Path]:
 
 
 def _write_weights(artifact: Artifact, expert: str, folder: Path) -> None:
-    rows = artifact.expert_rows(expert)
+    rows, residues = artifact.expert_rows(expert), artifact.residue(expert)
     tensors = artifact.manifest.tensors
     slots = [Slot(name, tensors[name].dtype, expert_shape(artifact, name, rows[name])) for name in tensors if name in rows]
     dealt = shards(slots, SHARD_BYTES)
@@ -70,6 +81,8 @@ def _write_weights(artifact: Artifact, expert: str, folder: Path) -> None:
     for name, group in files.items():
         places = allocate(folder / name, group)
         for slot in group:
-            write_at(folder / name, places[slot.name], expert_tensor(artifact, slot.name, rows[slot.name]))
+            write_at(
+                folder / name, places[slot.name], expert_tensor(artifact, slot.name, rows[slot.name], residues.get(slot.name))
+            )
     if not single:
         (folder / "model.safetensors.index.json").write_bytes(canonical_json(weight_index(files)))

@@ -21,7 +21,7 @@ from storage.atomic import canonical_json, sync, write_atomically
 from storage.checkpoint import TensorInfo, read_header
 from storage.digests import sha256_file
 from storage.errors import ArtifactError, OutputExistsError
-from storage.layout import LATEST, MANIFEST, POOL_INDEX, ROWS_FILE
+from storage.layout import LATEST, MANIFEST, POOL_INDEX, RESIDUE_FILE, ROWS_FILE
 from storage.manifest import Manifest, version_of
 
 WORK = ".work"
@@ -102,6 +102,24 @@ class Artifact:
             if rows.keys() != held:
                 raise ValueError(f"expected rows of {len(held)} tensors, got {len(rows)}")
             return rows
+
+    def residue(self, expert: str) -> dict[str, tuple[NDArray[np.int32], NDArray[Any]]]:
+        """Per tensor the entries the expert keeps beside the pool: columns (rows, count) int32 and their raw bits.
+
+        Empty unless the artifact's method keeps any (BYOM). They replace what the pool's rows hold there.
+        """
+        self.check_expert(expert)
+        name = f"experts/{expert}/{RESIDUE_FILE}"
+        if name not in self.manifest.files:
+            return {}
+        with self.damage_explained(name):
+            infos = read_header(self.path / name)
+            stems = sorted({tensor.rsplit(".", 1)[0] for tensor in infos})
+            found = {stem: (infos[f"{stem}.columns"], infos[f"{stem}.values"]) for stem in stems}
+            return {
+                stem: (columns.read(0, columns.rows).view(np.int32), values.read(0, values.rows))
+                for stem, (columns, values) in found.items()
+            }
 
     def rows(self, tensor: str, indices: NDArray[np.int32]) -> NDArray[Any]:
         """(len(indices), width) raw bits of pool rows. The only reader of the pool: the format may store rows otherwise."""

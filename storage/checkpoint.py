@@ -61,8 +61,8 @@ class TensorInfo:
         dtype = DTYPES[self.dtype]
         row_bytes = self.width * dtype.size
         wanted = (stop - start) * row_bytes
-        buffer = bytearray(wanted)
-        view, done = memoryview(buffer), 0
+        bits = np.empty((stop - start, self.width), dtype.bits)
+        view, done = bits.reshape(-1).view(np.uint8).data, 0
         with self.path.open("rb", buffering=0) as file:
             while done < wanted:
                 got = os.preadv(file.fileno(), [view[done:]], self.offset + start * row_bytes + done)
@@ -72,7 +72,7 @@ class TensorInfo:
                         "it was planned. Run again."
                     )
                 done += got
-        return np.frombuffer(buffer, dtype.bits).reshape(stop - start, self.width)
+        return bits
 
 
 def padded_rows(info: TensorInfo | None, start: int, stop: int, like: TensorInfo) -> tuple[NDArray[Any], str]:
@@ -81,6 +81,8 @@ def padded_rows(info: TensorInfo | None, start: int, stop: int, like: TensorInfo
     A tensor that does not exist at all is rows of 0 in the shape and type of ``like``.
     """
     dtype = (info or like).dtype
+    if info is not None and stop <= info.rows:
+        return info.read(start, stop), dtype
     out = np.zeros((stop - start, like.width), DTYPES[dtype].bits)
     if info is not None and start < info.rows:
         rows = info.read(start, min(stop, info.rows))

@@ -2,18 +2,19 @@
 
 ``<deltas>/<base id>/<expert id>/<tensor>`` holds ``bits(expert) - bits(base)`` as wrapping integers, exact for every
 data type down to -0.0. Where the base has no such row, its bits count as 0. ``row_digests/<tensor>`` holds a 128-bit
-digest per row, by which equal rows of different experts are found.
-``<deltas>/<base id>/tables/<id of the experts>/<tensor>`` holds Gram tables.
+digest per row, by which equal rows of different experts are found; ``row_squares/<tensor>`` |delta|^2 per row;
+``magnitudes/<tensor>`` per chunk how many |delta| there are by their high 16 bits, over the rows that the base has.
+``<deltas>/<base id>/tables/<id of the experts>/<table>/<tensor>`` holds tables of pairs of experts: gram, l1, sign, sums.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from storage.arrays import ArrayGroup, ArraySpec
@@ -21,8 +22,10 @@ from storage.checkpoint import TensorInfo
 from storage.digests import digest_of
 from storage.layout import DELTA_FORMAT, DTYPES
 
-ROW_DIGESTS = "row_digests"
+ROW_DIGESTS, ROW_SQUARES, MAGNITUDES, THRESHOLDS = "row_digests", "row_squares", "magnitudes", "thresholds"
 DIGEST_BYTES = 16
+BINS = 1 << 15
+"""Counts of a chunk's |delta| by the high 16 bits of its float32, whose sign bit is clear."""
 
 
 def expert_group(deltas: Path, base_id: str, expert_id: str) -> ArrayGroup:
@@ -30,14 +33,29 @@ def expert_group(deltas: Path, base_id: str, expert_id: str) -> ArrayGroup:
     return ArrayGroup(deltas / base_id / expert_id)
 
 
-def gram_group(deltas: Path, base_id: str, expert_ids: Sequence[str]) -> ArrayGroup:
-    """The Gram tables of a set of experts, whatever their names."""
+def table_group(deltas: Path, base_id: str, expert_ids: Sequence[str]) -> ArrayGroup:
+    """The tables of a set of experts, whatever their names."""
     return ArrayGroup(deltas / base_id / "tables" / digest_of(sorted(expert_ids))[:40])
 
 
 def digest_array(tensor: str) -> str:
-    """Name of the array of row digests of a tensor."""
+    """Name of the array of row digests of a tensor: (rows, 16) uint8."""
     return f"{ROW_DIGESTS}/{tensor}"
+
+
+def squares_array(tensor: str) -> str:
+    """Name of the array of |delta|^2 per row: (rows,) float64."""
+    return f"{ROW_SQUARES}/{tensor}"
+
+
+def magnitudes_array(tensor: str) -> str:
+    """Name of the array of counts by size: (chunks, BINS) uint32."""
+    return f"{MAGNITUDES}/{tensor}"
+
+
+def table_array(table: str, tensor: str) -> str:
+    """Name of an array in the group of tables, for example of table ``gram``."""
+    return f"{table}/{tensor}"
 
 
 def create_expert_group(group: ArrayGroup, tensors: Mapping[str, TensorInfo], source: str) -> None:
@@ -47,7 +65,10 @@ def create_expert_group(group: ArrayGroup, tensors: Mapping[str, TensorInfo], so
         rows, width, step = info.rows, info.width, info.chunk_rows
         attributes = {"encoding": "bits", "dtype": info.dtype, "shape": list(info.shape)}
         arrays[name] = ArraySpec((rows, width), DTYPES[info.dtype].difference.name, step, attributes)
-        arrays[digest_array(name)] = ArraySpec((rows, DIGEST_BYTES), "uint8", step, {"digest": "blake2b-128"})
+        arrays[digest_array(name)] = ArraySpec((rows, DIGEST_BYTES), "uint8", step, {"digest": "xxh3-128"})
+        if DTYPES[info.dtype].mergeable:
+            arrays[squares_array(name)] = ArraySpec((rows,), "float64", step, {})
+            arrays[magnitudes_array(name)] = ArraySpec((-(-rows // step), BINS), "uint32", 1, {})
     group.create(arrays, {"format": DELTA_FORMAT, "source": source})
 
 
@@ -64,8 +85,7 @@ def restored(base: NDArray[Any], stored: NDArray[Any]) -> NDArray[Any]:
 
 
 def row_digests(bits: NDArray[Any], dtype: str) -> NDArray[np.uint8]:
-    """(rows, 16) uint8: blake2b-128 of every row's raw bytes and data type: equal bits of two types are not equal. Pure."""
-    out = np.empty((len(bits), DIGEST_BYTES), np.uint8)
-    for row, raw in enumerate(np.ascontiguousarray(bits)):
-        out[row] = np.frombuffer(hashlib.blake2b(raw, digest_size=DIGEST_BYTES, person=dtype.encode()).digest(), np.uint8)
-    return out
+    """(rows, 16) uint8: xxh3-128 of every row's raw bytes, seeded by the type: equal bits of two types are not equal. Pure."""
+    seed = int.from_bytes(dtype.encode(), "little")
+    digests = [xxhash.xxh3_128_digest(row, seed) for row in np.ascontiguousarray(bits)]
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(len(bits), DIGEST_BYTES)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-ARTIFACT_FORMAT = 1
-DELTA_FORMAT = 1
+ARTIFACT_FORMAT = 2
+DELTA_FORMAT = 2
 
 CHUNK_ELEMENTS = 8 * 1024 * 1024
 """Entries of one chunk of the delta store: 16 MiB in bf16 and fp16, 32 MiB in fp32. Part of the format."""
@@ -24,6 +24,7 @@ MANIFEST = "manifest.json"
 LATEST = "latest.json"
 POOL_INDEX = "pool.safetensors.index.json"
 ROWS_FILE = "rows.safetensors"
+RESIDUE_FILE = "residue.safetensors"
 CARD = "README.md"
 
 

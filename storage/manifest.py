@@ -6,7 +6,7 @@ Its file is written in one canonical form and carries a digest of itself, so tha
 from __future__ import annotations
 
 import json
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -47,7 +47,7 @@ class TensorRecord(_Record):
     """Shape in the base, or in the first expert that has it. An expert's own may have more rows."""
     dtype: str
     channel_axis: int
-    groups: int
+    groups: int | Literal["auto"]
     """K asked for; 0 where nothing is merged."""
     rows: int
     """Rows in the pool."""
@@ -68,6 +68,8 @@ class ExpertRecord(_Record):
     """Entries of the original checkpoint."""
     reconstruction_error: float | None
     """||rebuilt - expert|| / ||expert - base|| over the merged tensors; None when that norm is 0."""
+    trimmed_to: float | None
+    """Share of the delta's entries that TIES' thresholds kept, equal values included; None where there are none."""
 
 
 class ParameterCounts(_Record):
@@ -75,10 +77,12 @@ class ParameterCounts(_Record):
 
     pool: int
     """Entries of the row pool."""
+    residue: int
+    """Entries that experts keep beside it."""
     experts: int
     """Entries of all experts' checkpoints together."""
     ratio: float
-    """pool / experts"""
+    """(pool + residue) / experts"""
 
 
 class Manifest(_Record):
@@ -103,6 +107,8 @@ class Manifest(_Record):
     """Wall time per stage."""
     moved: dict[str, int]
     """Bytes read and written per stage."""
+    notes: tuple[str, ...]
+    """What a user should know: casts, private rows, how K was chosen."""
 
     def to_bytes(self) -> bytes:
         """The file's content: canonical JSON with a digest over all other fields."""

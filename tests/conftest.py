@@ -8,6 +8,8 @@ import pytest
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# every test has caches of its own, but none needs to compile the kernels again
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache"))
 
 from hypothesis import settings
 

@@ -41,12 +41,17 @@ def philox(counters: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:
     return torch.stack([c0, c1, c2, c3], dim=1)
 
 
-def keep_mask(key: tuple[int, int], first: int, shape: tuple[int, int], density: float, device: str = "cpu") -> torch.Tensor:
-    """(rows, width) bool: keep where u32 < floor(density * 2^32).
+def limit_of(density: float) -> int:
+    """Entries whose 32-bit word is below are kept: floor(density * 2^32)."""
+    return int(density * 2**32)
+
+
+def keep_mask(key: tuple[int, int], first: int, shape: tuple[int, int], limit: int, device: str = "cpu") -> torch.Tensor:
+    """(rows, width) bool: keep where u32 < limit.
 
     ``first`` is the index of the first element, row * width + column in store layout.
     """
     count = shape[0] * shape[1]
     block = torch.arange(first // 4, -(-(first + count) // 4), dtype=torch.int64, device=device)
     words = philox(block, key).reshape(-1)[first % 4 : first % 4 + count]
-    return (words < int(density * 2**32)).reshape(shape)
+    return (words < limit).reshape(shape)

@@ -1,35 +1,72 @@
-"""Merging inside a group: prune each member's delta once, combine, add to the base (arXiv 2412.15283, Eq. 3)."""
+"""Pool rows by torch operators, on a CPU or a GPU: the reference that the fused path must match, and the path of CUDA."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from pipeline.kernels.masks import keep_mask
+from pipeline.kernels.bits import cast, count_non_finite, from_float, to_float
+from pipeline.kernels.forms import COMBINED, COPY_BASE, COPY_EXPERT, Combining, PoolRows, Pruning, members
+from pipeline.kernels.methods.interface import Method
 
 
-def dare(delta: torch.Tensor, key: tuple[int, int], first: int, density: float) -> torch.Tensor:
-    """DARE (Yu et al., arXiv 2311.03099): drop entries at random, rescale the kept ones by 1 / density.
+def merge_rows(
+    base: NDArray[Any], own: Sequence[NDArray[Any] | None], dtypes: Sequence[str], dtype: str, rows: PoolRows,
+    method: Method, pruning: Pruning, combining: Combining, out: NDArray[Any], device: str = "cpu",
+) -> tuple[NDArray[np.float64], int]:  # fmt: skip
+    """Write the pool rows of a slice; squared errors (channels, experts) and the number of values that are not finite.
 
-    ``delta``: (rows, width) float32 whose first element has index ``first`` in its tensor.
+    ``base``: (channels, width) raw bits of ``dtype``, the pool's type; ``own``: per expert (channels, width) raw bits of its
+    type, or None when no row uses it; ``out``: (pool rows, width). Sums run in order of experts in float32, are multiplied
+    once and rounded once (arXiv 2412.15283, Eq. 3).
     """
-    if density >= 1:
-        return delta
-    rows, width = delta.shape
-    mask = keep_mask(key, first, (rows, width), density, str(delta.device))
-    scale = torch.tensor(1 / density, dtype=torch.float32, device=delta.device)
-    return torch.where(mask, delta * scale, torch.zeros_like(delta))
+    errors = np.zeros((len(base), len(own)))
+    channels = np.repeat(np.arange(len(base)), np.diff(rows.starts))
+    merged = rows.kinds == COMBINED
+    deltas, exact, numbers = _inputs(base, own, dtypes, dtype, bool(merged.any()), device)
+    pruned = {n: method.prune(delta, n, pruning) for n, delta in deltas.items()}
+    for users in np.unique(rows.users):
+        who = members(int(users))
+        mine = rows.users == users
+        for kind in (COPY_BASE, COPY_EXPERT):
+            copied = mine & (rows.kinds == kind)
+            if copied.any():
+                source = base if kind == COPY_BASE else exact[who[0]]
+                out[rows.places[copied]] = source[channels[copied]]
+        here = mine & merged
+        if here.any():
+            index = torch.from_numpy(channels[here]).to(device)
+            weights = [_column(combining.weights, n, index, device) for n in who]
+            total = method.combine([pruned[n][index] for n in who], weights, combining.mean)
+            factors = torch.from_numpy(rows.factors[here]).to(device)[:, None]
+            finished = from_float(numbers[index] + total * factors, dtype)
+            out[rows.places[here]] = finished
+            for n in who:
+                distance = to_float(finished, dtype, device) - to_float(exact[n][channels[here]], dtype, device)
+                errors[channels[here], n] = distance.double().square().sum(dim=1).cpu().numpy()
+    return errors, count_non_finite(out, dtype)
 
 
-def combine(deltas: Sequence[torch.Tensor], weights: Sequence[float], scaling: float | None) -> torch.Tensor:
-    """sum(w d) / sum(w) when ``scaling`` is None, else scaling * sum(w d).
+def _inputs(
+    base: NDArray[Any], own: Sequence[NDArray[Any] | None], dtypes: Sequence[str], dtype: str, merge: bool, device: str
+) -> tuple[dict[int, torch.Tensor], dict[int, NDArray[Any]], torch.Tensor]:
+    """Per expert its float32 delta and its raw bits in the pool's type, and the base's float32 values."""
+    deltas: dict[int, torch.Tensor] = {}
+    exact: dict[int, NDArray[Any]] = {}
+    reference = to_float(base, dtype, device) if merge else torch.empty(0)
+    for n, bits in enumerate(own):
+        if bits is not None:
+            exact[n] = cast(bits, dtypes[n], dtype)
+            if merge:
+                deltas[n] = to_float(bits, dtypes[n], device) - reference
+    return deltas, exact, reference
 
-    ``deltas``: members of the group, in order of name, each (rows, width) float32. Sums run in that order in float32,
-    the factor is applied once at the end, so the result does not depend on how rows were cut.
-    """
-    total = torch.zeros_like(deltas[0])
-    for delta, weight in zip(deltas, weights, strict=True):
-        total += delta if weight == 1 else delta * torch.tensor(weight, dtype=torch.float32, device=delta.device)
-    factor = 1 / sum(weights) if scaling is None else scaling
-    return total if factor == 1 else total * torch.tensor(factor, dtype=torch.float32, device=total.device)
+
+def _column(weights: NDArray[np.float32], expert: int, index: torch.Tensor, device: str) -> torch.Tensor:
+    """An expert's weight per chosen row (rows, 1), or the one for all (1, 1)."""
+    column = torch.from_numpy(weights[:, expert : expert + 1].copy()).to(device)
+    return column[index] if len(weights) > 1 else column

@@ -16,13 +16,24 @@ from numpy.typing import NDArray
 from pipeline import memory
 from pipeline.engine import Engine
 from pipeline.job import Job, check_unchanged
-from pipeline.kernels.bits import cast, count_non_finite, to_float
+from pipeline.kernels.bits import cast
+from pipeline.kernels.fused.floats import tagged
+from pipeline.kernels.fused.sizes import count_infinite, measure
+from pipeline.kernels.sizes import BINS
 from pipeline.plan import Block, plan_blocks
 from storage.arrays import ArrayGroup, ChunkDigests
 from storage.checkpoint import TensorInfo, padded_rows
-from storage.deltas import create_expert_group, difference, digest_array, expert_group, row_digests
+from storage.deltas import (
+    create_expert_group,
+    difference,
+    digest_array,
+    expert_group,
+    magnitudes_array,
+    row_digests,
+    squares_array,
+)
 from storage.errors import CheckpointError
-from storage.layout import DTYPES
+from storage.layout import DELTA_FORMAT, DTYPES
 
 
 @dataclass(frozen=True)
@@ -73,21 +84,37 @@ class StageResult:
     """Parts found finished from an earlier run."""
 
 
-def chunk_statistics(expert: NDArray[Any], dtype: str, base: NDArray[Any], base_dtype: str) -> ChunkStatistics:
-    """Statistics of one chunk; both arrays (rows, width) raw bits of their data types."""
-    bad, base_bad = count_non_finite(expert, dtype), count_non_finite(base, base_dtype)
-    squares = base_squares = largest = 0.0
-    if DTYPES[dtype].mergeable and not bad and not base_bad:
-        step = max(1, memory.SLICE_ELEMENTS // expert.shape[1])
-        for start in range(0, len(expert), step):
-            # float64: the difference of two finite numbers may be none in float32
-            reference = to_float(base[start : start + step], base_dtype).double()
-            delta = to_float(expert[start : start + step], dtype).double() - reference
-            squares += float(delta.square().sum())
-            base_squares += float(reference.square().sum())
-            largest = max(largest, float(delta.abs().max()))
-    unchanged = int(np.count_nonzero(expert == cast(base, base_dtype, dtype)))
-    return ChunkStatistics(squares, base_squares, largest, unchanged, expert.size, bad, base_bad)
+@dataclass(frozen=True)
+class Chunk:
+    """One chunk of one expert's tensor, as raw bits (rows, width), and the base's rows beside it."""
+
+    expert: NDArray[Any]
+    dtype: str
+    base: NDArray[Any]
+    base_dtype: str
+    base_rows: int
+    """Rows the base has; the rest of ``base`` is zeros."""
+
+
+def measured(chunk: Chunk, stored: NDArray[Any]) -> tuple[ChunkStatistics, NDArray[np.float64], NDArray[np.uint32]]:
+    """Statistics of a chunk and its differences, |delta|^2 per row (rows,), counts by size (1, BINS).
+
+    Squares and counts are zeros when anything is not finite.
+    """
+    squares, base_squares = np.zeros(len(chunk.expert)), np.zeros(len(chunk.expert))
+    counts = np.zeros(BINS, np.int64)
+    bad = base_bad = 0
+    largest = 0.0
+    if DTYPES[chunk.dtype].mergeable:
+        expert, base = tagged(chunk.expert, chunk.dtype), tagged(chunk.base, chunk.base_dtype)
+        bad, base_bad = count_infinite(expert), count_infinite(base)
+        if not bad and not base_bad:
+            largest = measure(expert, base, chunk.base_rows, squares, base_squares, counts)
+    unchanged = stored.size - int(np.count_nonzero(stored))
+    found = ChunkStatistics(
+        float(squares.sum()), float(base_squares.sum()), largest, unchanged, chunk.expert.size, bad, base_bad
+    )
+    return found, squares, counts.astype(np.uint32)[None]
 
 
 def ingest_block(task: IngestTask) -> IngestReceipt:
@@ -100,24 +127,30 @@ def ingest_block(task: IngestTask) -> IngestReceipt:
         info, base = task.sources[piece.tensor]
         for start in range(piece.start, piece.stop, info.chunk_rows):
             stop = min(start + info.chunk_rows, piece.stop)
-            expert = info.read(start, stop)
             rows, dtype = padded_rows(base, start, stop, info)
-            statistics.append((piece.tensor, start, chunk_statistics(expert, info.dtype, rows, dtype)))
-            chunks.update(group.write(piece.tensor, start, difference(expert, cast(rows, dtype, info.dtype))))
-            chunks.update(group.write(digest_array(piece.tensor), start, row_digests(expert, info.dtype)))
-            read += 2 * expert.nbytes
+            chunk = Chunk(info.read(start, stop), info.dtype, rows, dtype, max(0, min(stop, base.rows if base else 0) - start))
+            stored = difference(chunk.expert, cast(rows, dtype, info.dtype))
+            found, squares, counts = measured(chunk, stored)
+            statistics.append((piece.tensor, start, found))
+            chunks.update(group.write(piece.tensor, start, stored))
+            chunks.update(group.write(digest_array(piece.tensor), start, row_digests(chunk.expert, info.dtype)))
+            if DTYPES[info.dtype].mergeable:
+                chunks.update(group.write(squares_array(piece.tensor), start, squares))
+                chunks.update(group.write(magnitudes_array(piece.tensor), start // info.chunk_rows, counts))
+            read += 2 * chunk.expert.nbytes
     return IngestReceipt(chunks, statistics, read, sum(size for size, _ in chunks.values()))
 
 
-def combined(parts: Sequence[ChunkStatistics]) -> dict[str, float]:
-    """Statistics of a tensor from those of its chunks, in order."""
+def combined(parts: Sequence[ChunkStatistics]) -> dict[str, float | None]:
+    """Statistics of a tensor from those of its chunks, in order; None where float32 cannot hold a difference."""
     entries = sum(part.entries for part in parts)
-    return {
-        "delta_norm": math.sqrt(math.fsum(part.delta_squares for part in parts)),
-        "base_norm": math.sqrt(math.fsum(part.base_squares for part in parts)),
+    found = {
+        "delta_norm": math.sqrt(sum(part.delta_squares for part in parts)),
+        "base_norm": math.sqrt(sum(part.base_squares for part in parts)),
         "largest": max(part.largest for part in parts),
         "unchanged_share": sum(part.unchanged for part in parts) / entries,
     }
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
 def _non_finite(name: str, receipts: Sequence[IngestReceipt]) -> list[str]:
@@ -146,11 +179,13 @@ def _finish(group: ArrayGroup, receipts: Sequence[IngestReceipt]) -> None:
         for tensor, start, part in receipt.statistics:
             parts.setdefault(tensor, []).append((start, part))
     in_order = {t: [part for _, part in sorted(found, key=lambda item: item[0])] for t, found in parts.items()}
-    group.finish(chunks, {"statistics": {tensor: combined(found) for tensor, found in in_order.items()}})
+    group.finish(
+        chunks, {"format": DELTA_FORMAT, "statistics": {tensor: combined(found) for tensor, found in in_order.items()}}
+    )
 
 
 def _is_whole(group: ArrayGroup) -> bool:
-    return group.complete and not group.missing_chunks()
+    return group.complete and group.record.get("format") == DELTA_FORMAT and not group.missing_chunks()
 
 
 def _ingest_expert(job: Job, engine: Engine, name: str, group: ArrayGroup) -> tuple[list[IngestReceipt], list[str]]:

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipeline import memory
 from pipeline.engine import Engine
 from pipeline.job import Job
-from pipeline.kernels.bits import cast, count_non_finite, from_float, to_float
-from pipeline.kernels.masks import mask_key
-from pipeline.kernels.merging import combine, dare
+from pipeline.kernels.bits import cast, to_float
+from pipeline.kernels.forms import COMBINED, SUM, WHOLE, Combining, PoolRows, Pruning, in_order_of_channel
+from pipeline.kernels.fused import merging as fused
+from pipeline.kernels.fused.floats import tagged
+from pipeline.kernels.merging import merge_rows
+from pipeline.kernels.methods.byom import kept_per_row, residue
 from pipeline.plan import Block, TensorPlan
 from pipeline.recipe import MergeSection
-from pipeline.rows import Kind, RowTable, members
+from pipeline.rows import RowTable
 from pipeline.stages.cluster import table_path
-from pipeline.stages.similarity import expert_bits
+from pipeline.stages.groups import Merging
+from pipeline.stages.similarity import Measured
+from pipeline.stages.slices import FUSED, Slice, bytes_of, chunks, device_of
 from storage.arrays import ArrayGroup
-from storage.checkpoint import padded_rows
 from storage.deltas import expert_group
 from storage.errors import CheckpointError
-from storage.layout import DTYPES, SHARD_BYTES
+from storage.layout import DTYPES, RESIDUE_FILE, SHARD_BYTES
 from storage.safetensors_file import Slot, allocate, shard_name, shards, write_at
+
+NOTHING_PRUNED = Pruning(WHOLE, np.zeros((1, 2), np.uint32), 0, np.ones(1, np.float32), np.zeros((1, 1), np.float32), 0)
+NOTHING_COMBINED = Combining(SUM, False, np.ones((1, 1), np.float32))
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,20 @@ class Pool:
     files: Mapping[str, tuple[Slot, ...]]
     offsets: Mapping[str, tuple[str, int]]
     """Tensor -> its file and the byte offset of its first row."""
+    residues: Mapping[str, Mapping[str, Residue]]
+    """Tensor -> expert -> where the entries that it keeps for itself go."""
+
+
+@dataclass(frozen=True)
+class Residue:
+    """Where one expert's kept entries of one tensor lie."""
+
+    path: Path
+    columns: int
+    """Byte offset of the columns, (rows, count) int32."""
+    values: int
+    """Byte offset of the values, (rows, count) in the pool's type."""
+    count: int
 
 
 @dataclass(frozen=True)
@@ -49,12 +70,17 @@ class MergeTask:
     tensors: Mapping[str, TensorPlan]
     targets: Mapping[str, tuple[Path, int]]
     """Tensor -> pool file and byte offset."""
+    residues: Mapping[str, Mapping[str, Residue]]
     tables: Path
     experts: tuple[str, ...]
     groups: tuple[Path, ...]
     weights: tuple[float, ...]
     merge: MergeSection
+    thresholds: Mapping[str, tuple[float, ...]]
+    scales: Mapping[str, tuple[float, ...]]
     memory: int
+    kernel: str
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -65,71 +91,8 @@ class MergeReceipt:
     bytes_written: int
     error_squares: tuple[float, ...]
     """Per expert the sum of squares of (rebuilt - expert) over merged tensors."""
-    delta_squares: tuple[float, ...]
-    """Per expert the sum of squares of its delta over merged tensors."""
     non_finite: tuple[tuple[str, int], ...]
     """(tensor, count) of values in pool rows that are no numbers, though every source value was one."""
-
-
-@dataclass
-class _Slice:
-    """Some rows of one tensor, with everything a merge of them needs."""
-
-    tensor: TensorPlan
-    first: int
-    """Channel of the first row."""
-    base: NDArray[Any]
-    """(rows, width) raw bits; 0 where the base has no such row."""
-    own: Sequence[NDArray[Any] | None]
-    """Per expert (its rows, width) raw bits in the pool's type, or None when it has none of these rows."""
-    deltas: Sequence[torch.Tensor | None]
-    """Per expert (rows, width) float32, or None where nothing is merged."""
-    pruned: Sequence[torch.Tensor | None]
-
-
-def _pruned(delta: torch.Tensor, expert: str, tensor: TensorPlan, first: int, merge: MergeSection) -> torch.Tensor:
-    """An expert's delta after the recipe's pruning."""
-    if merge.method == "dare":
-        return dare(delta, mask_key(merge.seed, expert, tensor.name), first * tensor.width, merge.density)
-    return delta
-
-
-def _merged_rows(part: _Slice, local: NDArray[np.intp], who: list[int], task: MergeTask) -> NDArray[Any]:
-    """Raw bits of merged rows: base + combined deltas, rounded once (Eq. 3)."""
-    index = torch.from_numpy(local)
-    chosen = [part.pruned[n] for n in who]
-    scaling = None if task.merge.scaling == "mean" else float(task.merge.scaling)
-    combined = combine([d[index] for d in chosen if d is not None], [task.weights[n] for n in who], scaling)
-    dtype = part.tensor.dtype
-    return from_float(to_float(part.base[local], dtype, str(combined.device)) + combined, dtype)
-
-
-def _span_rows(
-    part: _Slice, channels: NDArray[np.int32], kinds: NDArray[np.uint8], who: list[int], task: MergeTask
-) -> NDArray[Any]:
-    """(rows, width) raw bits of consecutive pool rows of one set of users."""
-    local = channels.astype(np.intp) - part.first
-    out = np.empty((len(local), part.tensor.width), part.base.dtype)
-    exact, merged, base = (kinds == kind for kind in (Kind.EXACT, Kind.MERGED, Kind.BASE))
-    if exact.any():
-        source = part.own[who[0]]
-        if source is None:
-            raise AssertionError(f"{part.tensor.name}: a row table names an expert without rows")
-        out[exact] = source[local[exact]]
-    if base.any():
-        out[base] = part.base[local[base]]
-    if merged.any():
-        out[merged] = _merged_rows(part, local[merged], who, task)
-    return out
-
-
-def _errors(part: _Slice, rebuilt: NDArray[Any], local: NDArray[np.intp], expert: int) -> float:
-    """Sum of squares of (rebuilt - expert) over these rows."""
-    own = part.own[expert]
-    if own is None or part.deltas[expert] is None:
-        return 0.0
-    dtype = part.tensor.dtype
-    return float((to_float(rebuilt, dtype) - to_float(own[local], dtype)).double().square().sum())
 
 
 class _PoolWriter:
@@ -139,59 +102,80 @@ class _PoolWriter:
         self.task = task
         self.tensor = tensor
         self.table = RowTable.load(table_path(task.tables, tensor.name))
-        self.spans = [(members(users), a, b) for users, a, b in self.table.spans()]
+        device = device_of(task.kernel)
+        self.merging = Merging(task.merge, task.experts, task.weights, task.kernel == FUSED, device)
         self.file, self.offset = task.targets[tensor.name]
         self.row_bytes = tensor.width * DTYPES[tensor.dtype].size
         self.written = 0
         self.error_squares = np.zeros(len(task.experts))
         self.non_finite = 0
 
-    def write(self, part: _Slice) -> None:
-        """Write all pool rows whose channel lies in the slice: in every span they are consecutive."""
-        stop = part.first + len(part.base)
-        for who, a, b in self.spans:
-            channels = self.table.channel[a:b]
-            low, high = np.searchsorted(channels, [part.first, stop])
-            if low == high:
-                continue
-            kinds = self.table.kind[a + low : a + high]
-            rows = _span_rows(part, channels[low:high], kinds, who, self.task)
-            write_at(self.file, self.offset + (a + int(low)) * self.row_bytes, rows)
-            self.written += rows.nbytes
-            self.non_finite += count_non_finite(rows, self.tensor.dtype)
-            local = channels[low:high].astype(np.intp) - part.first
-            for n in who:
-                self.error_squares[n] += _errors(part, rows, local, n)
+    def write(self, part: Slice) -> None:
+        """Write all pool rows whose channel lies in the slice."""
+        channel = self.table.channel
+        picked = np.flatnonzero((channel >= part.first) & (channel < part.first + len(part)))
+        if not len(picked):
+            return
+        users = self.table.users[picked]
+        local = channel[picked].astype(np.int64) - part.first
+        rows = in_order_of_channel(local, users, self.table.kind[picked], self.merging.factors(users), len(part))
+        out = np.empty((len(picked), self.tensor.width), part.base.dtype)
+        errors, bad = self._merge(part, rows, out)
+        self.non_finite += bad
+        # rows of one set of users are consecutive in the pool
+        for run in np.split(np.arange(len(picked)), np.flatnonzero(np.diff(picked) != 1) + 1):
+            write_at(self.file, self.offset + int(picked[run[0]]) * self.row_bytes, out[run[0] : run[-1] + 1])
+        self.written += out.nbytes
+        kept = self.task.residues.get(self.tensor.name, {})
+        for n, name in enumerate(self.task.experts):
+            if name in kept and part.first < self.tensor.base_rows:
+                shared = out[self._places(rows, n, len(part))]
+                self.error_squares[n] += self._write_residue(part, n, shared, kept[name])
+            else:
+                self.error_squares[n] += math.fsum(errors[:, n])
+
+    def _merge(self, part: Slice, rows: PoolRows, out: NDArray[Any]) -> tuple[NDArray[np.float64], int]:
+        """Fill ``out``; squared errors (channels, experts) and the number of values that are not finite."""
+        task, merging = self.task, self.merging
+        combined = bool((rows.kinds == COMBINED).any())
+        pruning, combining = NOTHING_PRUNED, NOTHING_COMBINED
+        if combined:
+            name = self.tensor.name
+            pruning = merging.pruning(part, task.thresholds.get(name, ()), task.scales.get(name, ()))
+            combining = merging.combining(part, rows, task.threads)
+        dtype = self.tensor.dtype
+        if part.stack is not None and (merging.is_fused(part) or not combined):
+            base, target = tagged(part.base, dtype), tagged(out, dtype)
+            return fused.merge_rows(base, part.stack, part.at, rows, pruning, combining, target, task.threads)
+        dtypes = [part.dtype(name) for name in task.experts]
+        own = part.own(task.experts)
+        return merge_rows(part.base, own, dtypes, dtype, rows, merging.method, pruning, combining, out, merging.device)
+
+    def _places(self, rows: PoolRows, n: int, channels: int) -> NDArray[np.int64]:
+        """(channels,) where in the output the row of this expert stands."""
+        mine = (rows.users >> np.uint64(n) & np.uint64(1)).astype(bool)
+        places = np.empty(channels, np.int64)
+        places[np.repeat(np.arange(channels), np.diff(rows.starts))[mine]] = rows.places[mine]
+        return places
+
+    def _write_residue(self, part: Slice, n: int, shared: NDArray[Any], place: Residue) -> float:
+        """Write what an expert keeps of a slice; the squared error that is left."""
+        bits, dtype, name = part.own(self.task.experts)[n], self.tensor.dtype, self.task.experts[n]
+        if bits is None:
+            raise AssertionError(f"{self.tensor.name}: a merged tensor has rows of every expert")
+        own = cast(bits, part.dtype(name), dtype)
+        columns, values = residue(own, part.base, shared, dtype, place.count, self.task.merge.residual, self.merging.device)
+        for offset, found in ((place.columns, columns), (place.values, values)):
+            write_at(place.path, offset + part.first * place.count * found.itemsize, found)
+        self.written += columns.nbytes + values.nbytes
+        rebuilt = shared.copy()
+        np.put_along_axis(rebuilt, columns.astype(np.int64), values, axis=1)
+        return float((to_float(rebuilt, dtype) - to_float(own, dtype)).double().square().sum())
 
 
-def _prepare(
-    task: MergeTask, tensor: TensorPlan, first: int, base: NDArray[Any], stored: Sequence[NDArray[Any] | None]
-) -> _Slice:
-    """Experts' rows, deltas and pruned deltas of one slice."""
-    own: list[NDArray[Any] | None] = []
-    deltas: list[torch.Tensor | None] = []
-    pruned: list[torch.Tensor | None] = []
-    # rows beyond the base's are new, not merged
-    mergeable = tensor.policy == "merge" and first < tensor.base_rows
-    reference = to_float(base, tensor.dtype) if mergeable else None
-    for name, part in zip(task.experts, stored, strict=True):
-        if part is None or not len(part):
-            own.append(None)
-            deltas.append(None)
-            pruned.append(None)
-            continue
-        dtype = tensor.experts[name].dtype
-        bits = expert_bits(base[: len(part)], tensor.dtype, part, dtype)
-        own.append(cast(bits, dtype, tensor.dtype))
-        delta = to_float(bits, dtype) - reference[: len(bits)] if reference is not None else None
-        deltas.append(delta)
-        pruned.append(None if delta is None else _pruned(delta, name, tensor, first, task.merge))
-    return _Slice(tensor, first, base, own, deltas, pruned)
-
-
-def _cuts(start: int, stop: int, step: int, border: int) -> list[tuple[int, int]]:
-    """Cut [start, stop) into ranges of at most ``step`` rows, none of which crosses the border."""
-    edges = sorted({start, stop, *range(start, stop, step), *([border] if start < border < stop else [])})
+def _cuts(rows: int, step: int, border: int) -> list[tuple[int, int]]:
+    """Cut [0, rows) into ranges of at most ``step`` rows, none of which crosses the border."""
+    edges = sorted({0, rows, *range(0, rows, step), *([border] if 0 < border < rows else [])})
     return list(pairwise(edges))
 
 
@@ -199,30 +183,41 @@ def merge_block(task: MergeTask) -> MergeReceipt:
     """Write the pool rows of a block's channels. The same block twice writes the same bytes."""
     groups = [ArrayGroup(path) for path in task.groups]
     read = written = 0
-    errors, norms = np.zeros(len(task.experts)), np.zeros(len(task.experts))
+    errors = np.zeros(len(task.experts))
     bad: list[tuple[str, int]] = []
     for piece in task.block.pieces:
         tensor = task.tensors[piece.tensor]
         writer = _PoolWriter(task, tensor)
         rows_at_once = memory.slice_rows(task.memory, tensor.chunk_rows, tensor.width, len(task.experts))
-        for start in range(piece.start, piece.stop, tensor.chunk_rows):
-            stop = min(start + tensor.chunk_rows, piece.stop)
-            base, _ = padded_rows(tensor.base, start, stop, tensor.reference)
-            stored: list[NDArray[Any] | None] = []
-            for name, group in zip(task.experts, groups, strict=True):
-                info = tensor.experts.get(name)
-                stored.append(group.read(tensor.name, start, min(stop, info.rows)) if info and start < info.rows else None)
-            read += base.nbytes + sum(part.nbytes for part in stored if part is not None)
-            for low, high in _cuts(start, stop, rows_at_once, tensor.base_rows):
-                cut = slice(low - start, high - start)
-                part = _prepare(task, tensor, low, base[cut], [None if s is None else s[cut] for s in stored])
-                writer.write(part)
-                norms += [0.0 if d is None else float(d.double().square().sum()) for d in part.deltas]
+        for chunk in chunks(piece, tensor.chunk_rows, tensor, task.experts, groups):
+            read += bytes_of(chunk)
+            for low, high in _cuts(len(chunk), rows_at_once, tensor.base_rows - chunk.first):
+                writer.write(chunk.cut(low, high))
         written += writer.written
         errors += writer.error_squares
         if writer.non_finite:
             bad.append((tensor.name, writer.non_finite))
-    return MergeReceipt(read, written, tuple(errors), tuple(norms), tuple(bad))
+    return MergeReceipt(read, written, tuple(errors), tuple(bad))
+
+
+def _lay_out_residues(job: Job) -> dict[str, dict[str, Residue]]:
+    """Allocate a file per expert for the entries it keeps, where the method keeps any."""
+    section = job.recipe.merge
+    tensors = job.plan.combined if section.method == "byom" else []
+    found: dict[str, dict[str, Residue]] = {tensor.name: {} for tensor in tensors}
+    for name in job.plan.experts if tensors else ():
+        slots: list[Slot] = []
+        counts: dict[str, int] = {}
+        for tensor in tensors:
+            counts[tensor.name] = count = kept_per_row(section.keep, tensor.width)
+            shape = (tensor.base_rows, count)
+            slots += [Slot(f"{tensor.name}.columns", "I32", shape), Slot(f"{tensor.name}.values", tensor.dtype, shape)]
+        path = job.staged / "experts" / name / RESIDUE_FILE
+        path.parent.mkdir(parents=True)
+        places = allocate(path, slots)
+        for kept, count in counts.items():
+            found[kept][name] = Residue(path, places[f"{kept}.columns"], places[f"{kept}.values"], count)
+    return found
 
 
 def lay_out(job: Job, rows: Mapping[str, int]) -> Pool:
@@ -235,10 +230,10 @@ def lay_out(job: Job, rows: Mapping[str, int]) -> Pool:
     for name, group in files.items():
         for tensor, offset in allocate(job.staged / name, group).items():
             offsets[tensor] = (name, offset)
-    return Pool(files, offsets)
+    return Pool(files, offsets, _lay_out_residues(job))
 
 
-def merge(job: Job, engine: Engine, pool: Pool) -> list[MergeReceipt]:
+def merge(job: Job, engine: Engine, pool: Pool, measured: Measured) -> list[MergeReceipt]:
     """Fill the pool."""
     blocks = job.plan.blocks(job.plan.tensors.values())
     groups = tuple(expert_group(job.deltas, job.base.id, source.id).path for source in job.experts.values())
@@ -249,17 +244,13 @@ def merge(job: Job, engine: Engine, pool: Pool) -> list[MergeReceipt]:
         targets = {name: (job.staged / pool.offsets[name][0], pool.offsets[name][1]) for name in tensors}
         tasks.append(
             MergeTask(
-                block,
-                tensors,
-                targets,
-                job.work / "tables",
-                job.plan.experts,
-                groups,
-                weights,
-                job.recipe.merge,
-                job.plan.memory,
+                block, tensors, targets, {name: pool.residues[name] for name in tensors if name in pool.residues},
+                job.work / "tables", job.plan.experts, groups, weights, job.recipe.merge,
+                {name: measured.thresholds[name] for name in tensors if name in measured.thresholds},
+                {name: measured.scales[name] for name in tensors if name in measured.scales},
+                job.plan.memory, job.recipe.cluster.kernel, engine.threads,
             )
-        )
+        )  # fmt: skip
     receipts = engine.run("merge", merge_block, tasks, [block.label for block in blocks])
     counts: Counter[str] = Counter()
     for receipt in receipts:

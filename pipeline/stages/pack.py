@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 
 from pipeline.engine import Engine
 from pipeline.job import Job
-from pipeline.rows import RowTable, members
+from pipeline.kernels.forms import members
+from pipeline.rows import RowTable
 from pipeline.stages.cluster import table_path
 from pipeline.stages.merge import Pool
 from storage.atomic import canonical_json
@@ -83,7 +84,7 @@ def _write_experts(job: Job, tables: Mapping[str, RowTable]) -> None:
     """Per expert its row indices, its configuration and its tokenizer."""
     for position, (name, source) in enumerate(job.experts.items()):
         folder = job.staged / "experts" / name
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         held = {t.name: t.experts[name] for t in job.plan.tensors.values() if name in t.experts}
         save_file({t: tables[t].indices(position, info.rows) for t, info in held.items()}, folder / ROWS_FILE)
         for side in SIDE_FILES:

@@ -9,20 +9,25 @@ from typing import Any
 
 import jinja2
 
-from pipeline.job import KERNEL, Job, package_versions
+from pipeline.job import Job, package_versions
+from pipeline.kernels.methods.byom import kept_per_row
+from pipeline.stages.cluster import Grouping
 from pipeline.stages.merge import MergeReceipt
 from pipeline.stages.pack import Packed
+from pipeline.stages.similarity import Measured
 from storage.artifact import publish as publish_folder
 from storage.digests import sha256_file
 from storage.layout import ARTIFACT_FORMAT, CARD
 from storage.manifest import ExpertRecord, FileRecord, Manifest, ParameterCounts, version_of
 
 
-def _expert_records(job: Job, receipts: Sequence[MergeReceipt]) -> dict[str, ExpertRecord]:
+def _expert_records(
+    job: Job, grouping: Grouping, measured: Measured, receipts: Sequence[MergeReceipt]
+) -> dict[str, ExpertRecord]:
     records = {}
     for position, (name, source) in enumerate(job.experts.items()):
         error = sum(receipt.error_squares[position] for receipt in receipts)
-        norm = sum(receipt.delta_squares[position] for receipt in receipts)
+        norm = grouping.delta_squares[position]
         records[name] = ExpertRecord(
             source=job.recipe.experts[name].source,
             id=source.id,
@@ -31,14 +36,17 @@ def _expert_records(job: Job, receipts: Sequence[MergeReceipt]) -> dict[str, Exp
             tied=dict(job.plan.ties[name]),
             parameters=source.parameters,
             reconstruction_error=(error / norm) ** 0.5 if norm else None,
+            trimmed_to=measured.kept.get(name),
         )
     return records
 
 
 def _parameters(job: Job, packed: Packed) -> ParameterCounts:
     pool = sum(record.rows * job.plan.tensors[name].width for name, record in packed.tensors.items())
+    kept = {tensor.name: kept_per_row(job.recipe.merge.keep, tensor.width) * tensor.base_rows for tensor in job.plan.combined}
+    residue = sum(kept.values()) * len(job.experts) if job.recipe.merge.method == "byom" else 0
     experts = sum(source.parameters for source in job.experts.values())
-    return ParameterCounts(pool=pool, experts=experts, ratio=pool / experts)
+    return ParameterCounts(pool=pool, residue=residue, experts=experts, ratio=(pool + residue) / experts)
 
 
 def _card(manifest: Manifest, unchanged: Mapping[str, int]) -> str:
@@ -54,6 +62,8 @@ def _file_record(job: Job, name: str) -> FileRecord:
 
 def publish(
     job: Job,
+    grouping: Grouping,
+    measured: Measured,
     packed: Packed,
     receipts: Sequence[MergeReceipt],
     router: dict[str, Any] | None,
@@ -72,16 +82,17 @@ def publish(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         recipe=job.recipe.model_dump(mode="json"),
         base={"source": job.recipe.base, "id": job.base.id, "files": dict(job.base.files)},
-        experts=_expert_records(job, receipts),
+        experts=_expert_records(job, grouping, measured, receipts),
         tensors=packed.tensors,
         files=records,
         parameters=_parameters(job, packed),
         router=router,
         seed=job.recipe.merge.seed,
-        kernel=KERNEL,
+        kernel=job.recipe.cluster.kernel,
         packages=package_versions(),
         seconds=dict(seconds),
         moved=dict(moved),
+        notes=(*job.plan.notes, *grouping.notes),
     )
     policies: dict[str, int] = {}
     for tensor in packed.tensors.values():

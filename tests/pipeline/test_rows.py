@@ -7,7 +7,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.rows import Kind, RowTable, build_table, first_equal, members
+from pipeline.kernels.forms import members
+from pipeline.rows import Kind, RowTable, build_table, first_equal
 
 COUNT = 4
 

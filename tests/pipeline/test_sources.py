@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.engine import SerialEngine
+from pipeline.engine import ThreadEngine
 from pipeline.job import plan_recipe
 from pipeline.recipe import load_recipe
 from pipeline.stages import merge as merge_stage
@@ -162,13 +162,13 @@ def test_experts_before_a_failure_are_kept(family: Family, monkeypatch: pytest.M
     complete = [p.parent for p in (family.folder.parent / "deltas").rglob("complete.json")]
     assert len(complete) == 3
     path.write_bytes(original)
-    real, stages = SerialEngine.run, []
+    real, stages = ThreadEngine.run, []
 
-    def recorded(self: SerialEngine, stage: str, *arguments: Any) -> Any:
+    def recorded(self: ThreadEngine, stage: str, *arguments: Any) -> Any:
         stages.append(stage)
         return real(self, stage, *arguments)
 
-    monkeypatch.setattr(SerialEngine, "run", recorded)
+    monkeypatch.setattr(ThreadEngine, "run", recorded)
     assert merged(family.recipe()).new
     assert [stage for stage in stages if stage.startswith("ingest")] == ["ingest math"]
 
@@ -196,7 +196,7 @@ def test_finite_values_that_overflow_in_a_difference_are_named(family: Family) -
 
 def test_a_table_that_lost_a_chunk_is_mended(family: Family) -> None:
     first = merged(family.recipe())
-    (chunk,) = (family.folder.parent / "deltas").glob(f"*/tables/*/{UP}/c/0/0/0")
+    (chunk,) = (family.folder.parent / "deltas").glob(f"*/tables/*/gram/{UP}/c/0/0/0")
     chunk.unlink()
     shutil.rmtree(family.folder.parent / "output")
     assert merged(family.recipe()).version == first.version

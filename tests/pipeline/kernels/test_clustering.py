@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipeline.kernels import clustering as production
-from pipeline.kernels.clustering import Clustering, cosines, drawn_partition, growth_labels, partitions
-from pipeline.kernels.gram import gram
-from tests.support.reference import cluster_channel, set_partitions
+from pipeline.kernels.clustering import MAX_EXPERTS, Clustering, cosines
+from pipeline.kernels.partitions import drawn_partition, growth_labels, partitions
+from pipeline.kernels.tables import table
+from tests.support.reference import Floats, cluster_channel, growth_string, set_partitions, spread
 
 
 def stirling(n: int, k: int) -> int:
@@ -33,11 +34,47 @@ def test_partitions_are_all_growth_strings_in_order(count: int, groups: int) -> 
 
 def gram_of(deltas: NDArray[Any]) -> NDArray[np.float64]:
     """(rows, experts, experts) from (experts, rows, width), with the production kernel."""
-    return gram(torch.from_numpy(deltas.astype(np.float32))).numpy()
+    return np.asarray(table(torch.from_numpy(deltas.astype(np.float32)), "gram").numpy())
 
 
 def cluster_channels(gram: NDArray[np.float64], groups: int, kind: str = "kmeans", metric: str = "cosine") -> NDArray[np.uint8]:
     return production.cluster_channels(gram, groups, Clustering(kind, metric), np.zeros(len(gram), np.int64))
+
+
+HOW = [
+    Clustering("kmeans", "cosine"),
+    Clustering("kmeans", "euclidean"),
+    Clustering("kmeans", "manhattan"),
+    Clustering("spherical", "cosine"),
+    Clustering("sign", "cosine"),
+    Clustering("sign", "cosine", "mass"),
+    Clustering("random", "cosine"),
+]
+
+
+def table_of(deltas: NDArray[Any], clustering: Clustering) -> Floats | None:
+    """The table that the clustering reads beside the Gram matrices, by its definition."""
+    rows = deltas.astype(np.float64)
+    if clustering.table == "l1":
+        return np.asarray(np.abs(rows[:, None] - rows[None]).sum(axis=-1).transpose(2, 0, 1))
+    if clustering.table == "sign":
+        return gram_of(np.sign(rows))
+    return rows.sum(axis=-1).T if clustering.table == "sums" else None
+
+
+def clustered(deltas: NDArray[Any], groups: int | NDArray[np.int64], how: Clustering, seed: int = 0) -> NDArray[np.uint8]:
+    """Labels (rows, experts) of deltas (experts, rows, width)."""
+    draws: NDArray[np.int64] = np.random.default_rng(seed).integers(0, 2**32, deltas.shape[1:2])
+    return production.cluster_channels(gram_of(deltas), groups, how, draws, table_of(deltas, how))
+
+
+def medoid_costs(rows: Floats, groups: int) -> list[tuple[float, tuple[int, ...]]]:
+    """For every partition, the least sum of L1 distances to one member per group, and its growth string; the best first."""
+    costs = []
+    for blocks in set_partitions(range(len(rows)), groups):
+        cost = sum(min(sum(float(np.abs(rows[a] - rows[m]).sum()) for a in block) for m in block) for block in blocks)
+        costs.append((cost, growth_string(blocks, len(rows))))
+    return sorted(costs)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
@@ -96,8 +133,8 @@ def test_gram_is_accurate_and_symmetric() -> None:
 
 def test_gram_rows_do_not_depend_on_their_neighbours() -> None:
     deltas = torch.from_numpy(np.random.default_rng(1).normal(size=(3, 33, 257)).astype(np.float32))
-    whole = gram(deltas)
-    parts = torch.cat([gram(deltas[:, start : start + 5]) for start in range(0, 33, 5)])
+    whole = table(deltas, "gram")
+    parts = torch.cat([table(deltas[:, start : start + 5], "gram") for start in range(0, 33, 5)])
     assert torch.equal(whole, parts)
 
 
@@ -149,6 +186,8 @@ def test_ties_go_to_the_smallest_string() -> None:
 def test_as_many_groups_as_experts_is_one_each() -> None:
     zeros = np.zeros((5, 3, 3))
     np.testing.assert_array_equal(cluster_channels(zeros, 3), np.tile([0, 1, 2], (5, 1)))
+    np.testing.assert_array_equal(cluster_channels(zeros, 4), np.tile([0, 1, 2], (5, 1)))
+    np.testing.assert_array_equal(cluster_channels(zeros + np.diag([1.0, 0, 0]), 9), np.tile([0, 1, 2], (5, 1)))
     np.testing.assert_array_equal(cluster_channels(zeros, 1), np.zeros((5, 3)))
 
 
@@ -167,3 +206,181 @@ def test_growth_labels_keep_the_grouping(labels: list[int]) -> None:
 
 def test_reference_enumerates_as_many_partitions() -> None:
     assert len(set_partitions(range(5), 3)) == stirling(5, 3)
+
+
+@pytest.mark.parametrize(("count", "groups"), [(3, 2), (4, 2), (4, 3), (5, 2), (6, 3), (7, 4)])
+def test_medoids_are_the_optimum_over_vectors(count: int, groups: int) -> None:
+    rows = 30 if count < 7 else 8
+    deltas = np.random.default_rng(count * 10 + groups).normal(size=(count, rows, 9)).astype(np.float32)
+    found = clustered(deltas, groups, Clustering("kmeans", "manhattan"))
+    for row in range(rows):
+        best, second = medoid_costs(deltas[:, row].astype(np.float64), groups)[:2]
+        assert second[0] - best[0] > 1.1e-5 * best[0]
+        assert tuple(found[row]) == best[1]
+
+
+def test_ties_of_medoids_go_to_the_smallest_string() -> None:
+    """Every two deltas are as far apart: every partition costs the same; a tie is 1e-5 of the cost."""
+    distances = 2.0 * (1 - np.eye(4))[None]
+
+    def found(nudge: float) -> NDArray[np.uint8]:
+        nudged = distances.copy()
+        nudged[0, 2, 3] = nudged[0, 3, 2] = 2 - nudge
+        how = Clustering("kmeans", "manhattan")
+        return production.cluster_channels(np.eye(4)[None], 2, how, np.zeros(1, np.int64), nudged)
+
+    assert found(0).tolist() == found(3e-5).tolist() == [[0, 0, 0, 1]]
+    assert found(5e-5).tolist() == [[0, 0, 1, 1]]
+
+
+def test_equal_deltas_tie_at_no_cost() -> None:
+    deltas = np.tile(np.random.default_rng(10).normal(size=(1, 20, 7)).astype(np.float32), (4, 1, 1))
+    for metric in ("cosine", "euclidean", "manhattan"):
+        assert clustered(deltas, 2, Clustering("kmeans", metric)).tolist() == [[0, 0, 0, 1]] * 20
+    deltas[2] *= 2
+    assert clustered(deltas, 2, Clustering("kmeans", "manhattan")).tolist() == [[0, 0, 1, 0]] * 20
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_sign_vector_is_kmeans_on_signs(metric: str) -> None:
+    """Zeros have no sign; the sizes of the entries count for nothing."""
+    generator = np.random.default_rng(11)
+    deltas = generator.normal(size=(5, 40, 30)).astype(np.float32) * (generator.random((5, 40, 30)) < 0.8)
+    deltas[3] *= 100
+    found = clustered(deltas, 2, Clustering("sign", metric))
+    clear = 0
+    for row in range(40):
+        expected, margin = cluster_channel(np.sign(deltas[:, row]).astype(np.float64), 2, "kmeans", metric)
+        if margin > 1e-7:
+            clear += 1
+            assert tuple(found[row]) == expected
+    assert clear >= 36
+
+
+def test_sign_vector_by_hand() -> None:
+    deltas = np.array([[1, 2, 3, 4], [-9, 1, -1, -1], [5, 5, 5, -5], [-1, -1, -1, -9]], np.float32)[:, None]
+    assert clustered(deltas, 2, Clustering("sign", "cosine")).tolist() == [[0, 1, 0, 1]]
+    assert clustered(deltas, 3, Clustering("sign", "cosine")).tolist() == [[0, 1, 0, 2]]
+
+
+def test_mass_of_signs_by_hand() -> None:
+    """Sums 3, -1, 0 and -2; all above 0; a delta of zeros beside the others, which are then one group."""
+    deltas = np.zeros((4, 3, 4), np.float32)
+    deltas[:, 0] = [[1, 1, 1, 0], [-4, 1, 1, 1], [1, -1, 0, 0], [-5, 3, 0, 0]]
+    deltas[:, 1] = [[1, 0, 0, 0], [2, 0, 0, 0], [3, 0, 0, 0], [4, 0, 0, 0]]
+    deltas[:, 2] = [[1, 0, 0, 0], [-2, 0, 0, 0], [0, 0, 0, 0], [4, 0, 0, 0]]
+    mass = Clustering("sign", "cosine", "mass")
+    assert clustered(deltas, 2, mass).tolist() == [[0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]]
+    assert clustered(deltas, np.array([1, 2, 4]), mass).tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 2, 3]]
+    with pytest.raises(ValueError, match="two groups"):
+        clustered(deltas, 3, mass)
+
+
+@pytest.mark.parametrize("how", HOW, ids=str)
+def test_a_number_of_groups_per_channel_is_separate_calls(how: Clustering) -> None:
+    generator = np.random.default_rng(12)
+    deltas = generator.normal(size=(5, 60, 12)).astype(np.float32) * (generator.random((5, 60, 1)) < 0.9)
+    options = np.array([1, 2, 5, 7] if how.sign == "mass" else [1, 2, 3, 4, 5, 7])
+    groups = generator.choice(options, 60)
+    found = clustered(deltas, groups, how)
+    for k in options:
+        np.testing.assert_array_equal(found[groups == k], clustered(deltas, int(k), how)[groups == k])
+
+
+@pytest.mark.parametrize("how", HOW, ids=str)
+@pytest.mark.parametrize("count", [5, 11])
+def test_order_of_channels_only_orders_results(how: Clustering, count: int) -> None:
+    generator = np.random.default_rng(13)
+    deltas = generator.normal(size=(count, 40, 12)).astype(np.float32)
+    draws, order = generator.integers(0, 2**32, 40), generator.permutation(40)
+    table, products = table_of(deltas, how), gram_of(deltas)
+    found = production.cluster_channels(products, 2, how, draws, table)
+    moved = production.cluster_channels(products[order], 2, how, draws[order], None if table is None else table[order])
+    np.testing.assert_array_equal(found[order], moved)
+
+
+@pytest.mark.parametrize("how", [how for how in HOW if how.kind != "random"], ids=str)
+@settings(deadline=None, max_examples=10)
+@given(st.permutations(range(5)))
+def test_order_of_experts_only_relabels_groups_of_every_kind(how: Clustering, order: list[int]) -> None:
+    """Wide rows, so that no two partitions of signs, whole numbers all, tie."""
+    deltas = np.random.default_rng(14).normal(size=(5, 20, 1001)).astype(np.float32)
+    deltas[order[0], :3] = 0
+    found = clustered(deltas, 2, how)
+    np.testing.assert_array_equal(growth_labels(found[:, order]), clustered(deltas[order], 2, how))
+
+
+def test_scaling_a_delta_changes_euclidean_groups() -> None:
+    deltas = np.random.default_rng(15).normal(size=(4, 50, 20)).astype(np.float32)
+    scaled = deltas * np.array([1, 3, 1, 1], np.float32)[:, None, None]
+    for how in (Clustering("kmeans", "euclidean"), Clustering("kmeans", "manhattan")):
+        assert (clustered(deltas, 2, how) != clustered(scaled, 2, how)).any(axis=1).mean() > 0.3
+
+
+def test_turning_the_inputs_changes_manhattan_groups_only() -> None:
+    generator = np.random.default_rng(16)
+    deltas = generator.normal(size=(4, 60, 12)).astype(np.float32)
+    turned = deltas.astype(np.float64) @ np.linalg.qr(generator.normal(size=(12, 12)))[0]
+    for how in (Clustering("kmeans", "cosine"), Clustering("kmeans", "euclidean"), Clustering("spherical", "cosine")):
+        np.testing.assert_array_equal(clustered(deltas, 2, how), clustered(turned, 2, how))
+    manhattan = Clustering("kmeans", "manhattan")
+    assert (clustered(deltas, 2, manhattan) != clustered(turned, 2, manhattan)).any()
+
+
+def lloyd(rows: Floats, groups: int, generator: np.random.Generator) -> float:
+    """What one run of Lloyd's rounds from random centres comes to; inf where a group runs empty."""
+    centres = rows[generator.choice(len(rows), groups, replace=False)]
+    for _ in range(20):
+        labels = ((rows[:, None] - centres[None]) ** 2).sum(axis=-1).argmin(axis=1)
+        if len(set(labels.tolist())) < groups:
+            return math.inf
+        centres = np.stack([rows[labels == group].mean(axis=0) for group in range(groups)])
+    return float(((rows - centres[labels]) ** 2).sum())
+
+
+def members(labels: NDArray[np.uint8]) -> list[list[int]]:
+    return [np.flatnonzero(labels == group).tolist() for group in range(int(labels.max()) + 1)]
+
+
+def test_spread_is_at_most_that_of_lloyd_and_of_chance() -> None:
+    generator = np.random.default_rng(17)
+    deltas = generator.normal(size=(6, 25, 8)).astype(np.float32)
+    rows = deltas.astype(np.float64)
+    found, drawn = clustered(deltas, 3, Clustering("kmeans", "euclidean")), clustered(deltas, 3, Clustering("random", "cosine"))
+    for row in range(25):
+        best = spread(rows[:, row], members(found[row]))
+        assert best <= min(lloyd(rows[:, row], 3, generator) for _ in range(10)) * (1 + 1e-4)
+        assert best <= spread(rows[:, row], members(drawn[row])) * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("how", HOW, ids=str)
+def test_unchanged_experts_form_a_group_of_their_own_in_every_kind(how: Clustering) -> None:
+    deltas = np.random.default_rng(18).normal(size=(5, 30, 10)).astype(np.float32)
+    deltas[[1, 4]] = 0
+    found = clustered(deltas, 2, how)
+    np.testing.assert_array_equal(found, np.tile([0, 1, 0, 0, 1], (30, 1)))
+
+
+def test_the_table_that_is_read() -> None:
+    tables = {"kmeans": "gram", "spherical": "gram", "sign": "sign", "random": "gram"}
+    assert {kind: Clustering(kind, "cosine").table for kind in tables} == tables
+    assert Clustering("kmeans", "manhattan").table == "l1"
+    assert Clustering("random", "manhattan").table == "gram"
+    assert Clustering("sign", "manhattan", "mass").table == "sums"
+    for kind in ("spherical", "sign"):
+        with pytest.raises(ValueError, match="manhattan"):
+            Clustering(kind, "manhattan")
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    products, draws = np.tile(np.eye(3), (2, 1, 1)), np.zeros(2, np.int64)
+    with pytest.raises(ValueError, match=r"table l1 of shape \(2, 3, 3\), not None"):
+        production.cluster_channels(products, 2, Clustering("kmeans", "manhattan"), draws)
+    with pytest.raises(ValueError, match=r"table sums of shape \(2, 3\), not \(2, 3, 3\)"):
+        production.cluster_channels(products, 2, Clustering("sign", "cosine", "mass"), draws, products)
+    with pytest.raises(ValueError, match="0 groups"):
+        production.cluster_channels(products, np.array([2, 0]), Clustering("kmeans", "cosine"), draws)
+    many = np.tile(np.eye(MAX_EXPERTS + 1), (2, 1, 1))
+    with pytest.raises(ValueError, match="65 experts"):
+        production.cluster_channels(many, 2, Clustering("kmeans", "cosine"), draws)
+    assert production.cluster_channels(products[:0], 2, Clustering("kmeans", "cosine"), draws[:0]).shape == (0, 3)

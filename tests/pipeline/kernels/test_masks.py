@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.kernels.masks import keep_mask, mask_key, philox
+from pipeline.kernels.masks import keep_mask, limit_of, mask_key, philox
 from tests.support.reference import dare_mask, philox_words
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -28,19 +28,19 @@ def test_counters_beyond_32_bits_equal_the_reference() -> None:
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.7, 0.999])
 def test_masks_equal_the_reference(density: float, device: str) -> None:
     expected = dare_mask(3, "math", "layer.weight", (7, 9), density)
-    found = keep_mask(mask_key(3, "math", "layer.weight"), 0, (7, 9), density, device)
+    found = keep_mask(mask_key(3, "math", "layer.weight"), 0, (7, 9), limit_of(density), device)
     np.testing.assert_array_equal(found.cpu().numpy(), expected)
 
 
 @given(st.integers(0, 40), st.integers(1, 20), st.integers(1, 13))
 def test_masks_do_not_depend_on_the_cut(start: int, rows: int, width: int) -> None:
-    whole = keep_mask((1, 2), 0, (start + rows, width), 0.6)
-    part = keep_mask((1, 2), start * width, (rows, width), 0.6)
+    whole = keep_mask((1, 2), 0, (start + rows, width), limit_of(0.6))
+    part = keep_mask((1, 2), start * width, (rows, width), limit_of(0.6))
     assert torch.equal(whole[start:], part)
 
 
 def test_density_is_kept() -> None:
-    kept = keep_mask(mask_key(0, "a", "b"), 0, (1000, 1000), 0.7).double().mean().item()
+    kept = keep_mask(mask_key(0, "a", "b"), 0, (1000, 1000), limit_of(0.7)).double().mean().item()
     assert abs(kept - 0.7) < 4 * (0.7 * 0.3 / 1e6) ** 0.5
 
 
@@ -50,6 +50,6 @@ def test_keys_differ_by_seed_expert_and_tensor() -> None:
 
 
 def test_masks_of_experts_are_independent() -> None:
-    a = keep_mask(mask_key(0, "a", "t"), 0, (500, 500), 0.5)
-    b = keep_mask(mask_key(0, "b", "t"), 0, (500, 500), 0.5)
+    a = keep_mask(mask_key(0, "a", "t"), 0, (500, 500), limit_of(0.5))
+    b = keep_mask(mask_key(0, "b", "t"), 0, (500, 500), limit_of(0.5))
     assert abs((a & b).double().mean().item() - 0.25) < 0.005

@@ -1,0 +1,60 @@
+"""BYOM for full fine-tuning (arXiv 2310.01886): one merged model, and per expert the entries where it matters most.
+
+Two readings. ``merged``: merge whole deltas; per expert keep the entries furthest from the merged model, exactly. ``delta``
+(as Channel Merging's comparison words it): the largest entries of an expert's delta leave the merge and are added to the
+merged rest. The entries are ranked per row, k = round(keep * width), the first column first among equals: how many there are is
+known before anything is merged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.kernels.bits import from_float, to_float
+from pipeline.kernels.forms import SUM, WHOLE, Pruning
+from pipeline.kernels.methods.interface import Method, added, whole
+
+
+def kept_columns(values: torch.Tensor, count: int) -> torch.Tensor:
+    """(rows, count) int64, ascending: the columns of the ``count`` largest |value| of every row (rows, width)."""
+    order = torch.sort(values.abs(), dim=1, descending=True, stable=True).indices
+    return torch.sort(order[:, :count], dim=1).values
+
+
+def without_largest(delta: torch.Tensor, expert: int, pruning: Pruning) -> torch.Tensor:
+    """The delta (rows, width) float32 with its ``pruning.limit`` largest entries per row set to zero."""
+    return delta.scatter(1, kept_columns(delta, pruning.limit), 0.0)
+
+
+def residue(
+    own: NDArray[Any], base: NDArray[Any], shared: NDArray[Any], dtype: str, count: int, residual: str, device: str
+) -> tuple[NDArray[np.int32], NDArray[Any]]:
+    """What one expert keeps: columns (rows, count) int32, and the raw bits that stand there in the rebuilt expert.
+
+    ``own``, ``base``, ``shared``: (rows, width) raw bits of the expert, the base and the merged model in one type.
+    """
+    expert, origin = to_float(own, dtype, device), to_float(base, dtype, device)
+    merged = to_float(shared, dtype, device)
+    delta = expert - origin
+    columns = kept_columns(expert - merged if residual == "merged" else delta, count)
+    if residual == "merged":
+        bits = np.take_along_axis(own, columns.cpu().numpy(), axis=1)
+    else:
+        bits = from_float((merged + delta).gather(1, columns), dtype)
+    return columns.to(torch.int32).cpu().numpy(), bits
+
+
+METHODS: dict[str, Method] = {
+    "merged": Method(prune=whole, combine=added, form=(WHOLE, SUM)),
+    "delta": Method(prune=without_largest, combine=added, form=(WHOLE, SUM)),
+}
+"""residual -> how the shared model is merged."""
+
+
+def kept_per_row(keep: float, width: int) -> int:
+    """Entries kept of a row of this width."""
+    return round(keep * width)

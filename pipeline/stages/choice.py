@@ -1,0 +1,133 @@
+"""``groups: auto``: K for every channel, from the Gram tables. Nothing is read but tables, and no delta.
+
+Every unit that is grouped as one (a channel, a matrix, the model) has a curve: with K = 1..N the error of merging its groups,
+each expert's relative to the norm of its own delta of that matrix, and the entries it would store. Entries are spent where
+they lower the error most, up to the budget or to the knee of the curve of all units together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.engine import Engine
+from pipeline.job import Job
+from pipeline.kernels.allocation import allocate, group_errors, knee
+from pipeline.plan import TensorPlan
+from pipeline.recipe import AUTO
+from pipeline.rows import row_counts
+from pipeline.stages.labels import GRAM, ClusterTask, keeps_exact, labels_for, read_channels
+from storage.errors import PlanError
+
+
+@dataclass(frozen=True)
+class CurveTask:
+    """The tensors of a cluster task whose K is to be chosen."""
+
+    cluster: ClusterTask
+    weights: tuple[float, ...]
+    folder: Path
+    """Where curves are written."""
+
+
+def chosen_path(folder: Path, tensor: str) -> Path:
+    """The file of a tensor's K per channel."""
+    return folder / f"{tensor}.npy"
+
+
+def _curve_path(folder: Path, tensor: str) -> Path:
+    return folder / f"{tensor}.curve.npz"
+
+
+def curves_block(task: CurveTask) -> int:
+    """Write the curve of every tensor of the block: errors (units, N) float64 and pool rows (units, N) int64."""
+    experts, written = len(task.cluster.experts), 0
+    for tensor in task.cluster.tensors:
+        if tensor.groups != AUTO:
+            continue
+        channels = read_channels(task.cluster, tensor)
+        gram, shared = channels.tables[GRAM], tensor.base_rows
+        norms = np.diagonal(gram, axis1=1, axis2=2).sum(axis=0)
+        errors, rows = np.empty((shared, experts)), np.empty((shared, experts), np.int64)
+        for k in range(1, experts + 1):
+            labels = labels_for(task.cluster, channels, k)
+            errors[:, k - 1] = group_errors(gram, labels, norms, np.array(task.weights))
+            keep = np.broadcast_to(keeps_exact(task.cluster, k), (shared,))
+            rows[:, k - 1] = row_counts(labels, channels.equal[:shared], zero=channels.zero, keep=keep)
+        if task.cluster.merge.granularity != "channel":
+            errors, rows = errors.sum(axis=0, keepdims=True), rows.sum(axis=0, keepdims=True)
+        with _curve_path(task.folder, tensor.name).open("wb") as file:
+            np.savez(file, errors=errors, rows=rows)
+        written += 1
+    return written
+
+
+def _curves(job: Job, folder: Path, tensors: Sequence[TensorPlan]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Errors and entries of all units, tensor by tensor; one unit for the whole model where it is grouped as one."""
+    errors, entries = [], []
+    for tensor in tensors:
+        with np.load(_curve_path(folder, tensor.name), allow_pickle=False) as stored:
+            errors.append(stored["errors"])
+            entries.append(stored["rows"] * tensor.width)
+    if job.recipe.merge.granularity == "model":
+        return np.sum(errors, axis=0), np.sum(entries, axis=0)
+    return np.concatenate(errors), np.concatenate(entries)
+
+
+def _fixed_entries(job: Job) -> int:
+    """Entries of the merged tensors whose K a rule sets."""
+    return sum(t.groups * t.base_rows * t.width for t in job.plan.merged if t.groups != AUTO)
+
+
+def choose_groups(job: Job, engine: Engine, tasks: Sequence[ClusterTask], folder: Path) -> tuple[str, ...]:
+    """Write K per channel of every tensor with ``groups: auto``; what a user should know of it.
+
+    PlanError when the budget does not cover what has to be stored.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = tuple(job.recipe.experts[name].weight for name in job.plan.experts)
+    asked = [task for task in tasks if any(tensor.groups == AUTO for tensor in task.tensors)]
+    engine.run(
+        "choose", curves_block, [CurveTask(task, weights, folder) for task in asked], [task.tensors[0].name for task in asked]
+    )
+    tensors = [tensor for tensor in job.plan.merged if tensor.groups == AUTO]
+    errors, entries = _curves(job, folder, tensors)
+    everything = sum(tensor.base_rows * tensor.width for tensor in job.plan.merged) * len(job.plan.experts)
+    if job.recipe.merge.budget is None:
+        found = knee(errors, entries)
+        budget, why = found.budget, f"no budget: {found.why}"
+    else:
+        budget = int(job.recipe.merge.budget * everything) - _fixed_entries(job)
+        why = f"budget {job.recipe.merge.budget} of the experts' entries in merged tensors"
+    least = int(entries.min(axis=1).sum())
+    if budget < least:
+        needed = (least + _fixed_entries(job)) / everything
+        raise PlanError(f"merge.budget: expected at least {needed:.4f}, which one row per channel needs, got less. Raise it.")
+    chosen = allocate(errors, entries, budget)
+    _write_choice(job, folder, tensors, chosen)
+    return (_summary(why, chosen, errors, entries, everything - _fixed_entries(job)),)
+
+
+def _write_choice(job: Job, folder: Path, tensors: Sequence[TensorPlan], chosen: NDArray[np.int64]) -> None:
+    at = 0
+    for tensor in tensors:
+        if job.recipe.merge.granularity == "channel":
+            mine = chosen[at : at + tensor.base_rows]
+            at += tensor.base_rows
+        else:
+            mine = np.repeat(chosen[at : at + 1], tensor.base_rows)
+            at += job.recipe.merge.granularity == "layer"
+        np.save(chosen_path(folder, tensor.name), mine)
+
+
+def _summary(
+    why: str, chosen: NDArray[np.int64], errors: NDArray[np.float64], entries: NDArray[np.int64], everything: int
+) -> str:
+    places = (np.arange(len(chosen)), chosen - 1)
+    shares = ", ".join(f"K={k} for {100 * (chosen == k).mean():.1f} %" for k in np.unique(chosen))
+    stored, left = int(entries[places].sum()) / everything, float(errors[places].sum() / max(errors[:, 0].sum(), 1e-300))
+    return f"groups: auto: {why}; {shares}; {100 * stored:.1f} % of the entries, {100 * left:.1f} % of the error of one model"

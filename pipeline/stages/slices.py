@@ -1,0 +1,116 @@
+"""Rows of a tensor as the kernels want them: the base's bits and every expert's stored differences, chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.kernels.bits import cast, to_float
+from pipeline.plan import Piece, TensorPlan
+from storage.arrays import ArrayGroup
+from storage.checkpoint import padded_rows
+from storage.deltas import restored
+from storage.errors import ClusterError
+from storage.layout import DTYPES
+
+FUSED = "fused"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive rows of one tensor."""
+
+    tensor: TensorPlan
+    first: int
+    """Channel of the first row."""
+    base: NDArray[Any]
+    """(rows, width) raw bits; 0 where the base has no such row."""
+    stored: Sequence[NDArray[Any] | None]
+    """Per expert (rows, width) differences, 0 where it has no such row, or None when it has none of these."""
+    stack: NDArray[Any] | None
+    """(experts, rows of the chunk, width): all of the chunk in one array, when all types are the base's."""
+    at: int
+    """Where these rows begin in the stack."""
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def cut(self, start: int, stop: int) -> Slice:
+        """Rows [start, stop) of these, counted from the first."""
+        rows = slice(start, stop)
+        parts = [None if part is None else part[rows] for part in self.stored]
+        return Slice(self.tensor, self.first + start, self.base[rows], parts, self.stack, self.at + start)
+
+    def dtype(self, expert: str) -> str:
+        """The expert's own data type."""
+        info = self.tensor.experts.get(expert)
+        return info.dtype if info else self.tensor.dtype
+
+    def own(self, experts: Sequence[str]) -> list[NDArray[Any] | None]:
+        """Per expert (rows, width) raw bits in its own data type."""
+        dtype = self.tensor.dtype
+        return [
+            None if part is None else restored(cast(self.base, dtype, self.dtype(name)), part)
+            for name, part in zip(experts, self.stored, strict=True)
+        ]
+
+    def deltas(self, experts: Sequence[str], device: str) -> list[torch.Tensor]:
+        """Per expert its delta (rows, width) float32. All experts have these rows."""
+        reference = to_float(self.base, self.tensor.dtype, device)
+        own = self.own(experts)
+        return [
+            to_float(bits, self.dtype(name), device) - reference
+            for name, bits in zip(experts, own, strict=True)
+            if bits is not None
+        ]
+
+
+def in_one_type(tensor: TensorPlan) -> bool:
+    """Whether base and experts have one data type, of numbers: what the fused path reads."""
+    return DTYPES[tensor.dtype].mergeable and {info.dtype for info in tensor.experts.values()} == {tensor.dtype}
+
+
+def read_rows(tensor: TensorPlan, experts: Sequence[str], groups: Sequence[ArrayGroup], start: int, stop: int) -> Slice:
+    """Rows [start, stop), read once."""
+    base, _ = padded_rows(tensor.base, start, stop, tensor.reference)
+    shape = (stop - start, tensor.width)
+    stack = np.empty((len(experts), *shape), DTYPES[tensor.dtype].difference) if in_one_type(tensor) else None
+    stored: list[NDArray[Any] | None] = []
+    for n, (name, group) in enumerate(zip(experts, groups, strict=True)):
+        info = tensor.experts.get(name)
+        held = min(stop, info.rows) - start if info else 0
+        if info is None or held <= 0:
+            stored.append(None)
+            continue
+        part = np.empty(shape, DTYPES[info.dtype].difference) if stack is None else stack[n]
+        part[:held] = group.read(tensor.name, start, start + held)
+        part[held:] = 0
+        stored.append(part)
+    return Slice(tensor, start, base, stored, stack, 0)
+
+
+def chunks(
+    piece: Piece, step: int, tensor: TensorPlan, experts: Sequence[str], groups: Sequence[ArrayGroup]
+) -> Iterator[Slice]:
+    """The piece, ``step`` rows at a time: a chunk of the delta store is what a task holds."""
+    for start in range(piece.start, piece.stop, step):
+        yield read_rows(tensor, experts, groups, start, min(start + step, piece.stop))
+
+
+def bytes_of(part: Slice) -> int:
+    """Bytes that were read for these rows."""
+    return part.base.nbytes + sum(stored.nbytes for stored in part.stored if stored is not None)
+
+
+def device_of(kernel: str) -> str:
+    """The torch device of a kernel path. ClusterError when this process has no GPU that it asks for."""
+    if kernel == "cuda":
+        if not torch.cuda.is_available():
+            raise ClusterError("cluster.kernel is cuda, but torch finds no GPU here. Use a worker with one, or kernel: fused.")
+        return "cuda"
+    return "cpu"
