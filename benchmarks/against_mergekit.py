@@ -20,16 +20,14 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-
+from benchmarks.comparison import differences, spreads
 from benchmarks.families import SHAPES, Family, write_family
 from benchmarks.processes import Measured, RunError, measure
 
@@ -66,8 +64,6 @@ RUNS = {1: {"K=1 cold": True, "K=1 warm": False}, 2: {"K=2 cold": True, "K=2 war
 """Ours: K -> run -> whether stores and caches are emptied before."""
 OURS = [run for runs in RUNS.values() for run in runs]
 THEIRS = "mergekit"
-MANY = 10_000
-"""Entries from which a tensor's spread says something."""
 
 
 @dataclass
@@ -112,8 +108,8 @@ def install_mergekit(work: Path) -> Path | None:
 class Bench:
     """Folders and programs of one comparison."""
 
-    def __init__(self, work: Path, family: Family, mergekit: Path | None, drop_caches: bool) -> None:
-        self.family, self.mergekit, self.drop_caches = family, mergekit, drop_caches
+    def __init__(self, work: Path, family: Family, mergekit: Path | None, drop_caches: bool, cluster: str) -> None:
+        self.family, self.mergekit, self.drop_caches, self.cluster = family, mergekit, drop_caches, cluster
         self.theirs, self.ours, self.deltas, self.cache = (work / n for n in ("theirs", "ours", "deltas", "cache"))
         self.exported, self.configs = work / "exported", work / "configs"
         self.configs.mkdir(exist_ok=True)
@@ -177,7 +173,7 @@ class Bench:
             shutil.rmtree(self.deltas, ignore_errors=True)
             (self.cache / "channel-merging" / "digests.json").unlink(missing_ok=True)
         self.settle()
-        measured = self.our_program("run", path, "--json")
+        measured = self.our_program("run", path, "--json", "--cluster", self.cluster)
         return measured, dict(json.loads(measured.output))
 
     def export(self) -> Path:
@@ -193,74 +189,12 @@ class Bench:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _tensors(*folders: Path) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    """Every tensor's name with its values in each checkpoint, one tensor in memory at a time."""
-    with ExitStack() as stack:
-        paths = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
-        if len(paths) != len(folders):
-            raise ValueError(f"expected one safetensors file in each of {', '.join(map(str, folders))}")
-        files = [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
-        names = [set(file.keys()) for file in files]
-        if any(found != names[0] for found in names):
-            raise ValueError(f"the checkpoints {', '.join(map(str, folders))} do not have the same tensors")
-        for name in sorted(names[0]):
-            yield name, [file.get_tensor(name) for file in files]
-
-
-def _place(values: torch.Tensor) -> torch.Tensor:
-    """Each bf16 number's place among all of them in order, so that neighbours differ by 1; both zeros have place 0."""
-    bits = values.view(torch.int16).to(torch.int32)
-    return torch.where(bits < 0, -(bits & 0x7FFF), bits)
-
-
-def _at_threshold(base: torch.Tensor, experts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Where some expert's |delta| equals the smallest that TIES keeps: which of these equals are kept is nobody's rule."""
-    found = torch.zeros_like(base, dtype=torch.bool)
-    for values in experts:
-        size = (values.float() - base.float()).abs()
-        found |= size == size.flatten().kthvalue(size.numel() - max(1, int(DENSITY * size.numel())) + 1).values
-    return found
-
-
-def differences(theirs: Path, ours: Path, family: Family, trimmed: bool) -> dict[str, Any]:
-    """Per tensor and in all: entries that differ, by more than the last place, beyond equal magnitudes; the largest."""
-    tensors: dict[str, dict[str, float]] = {}
-    for name, (left, right, *sources) in _tensors(theirs, ours, *family.checkpoints):
-        steps = (_place(left) - _place(right)).abs()
-        tensors[name] = {
-            "entries": steps.numel(),
-            "differ": int((steps > 0).sum()),
-            "more_than_last_place": int((steps > 1).sum()),
-            "largest": float((left.float() - right.float()).abs().max()),
-        }
-        if trimmed:
-            tensors[name]["not_at_threshold"] = int(((steps > 0) & ~_at_threshold(sources[0], sources[1:])).sum())
-    total = {key: sum(record[key] for record in tensors.values()) for key in next(iter(tensors.values())) if key != "largest"}
-    return {**total, "largest": max(record["largest"] for record in tensors.values()), "tensors": tensors}
-
-
-def spreads(base: Path, theirs: Path, ours: Path) -> dict[str, Any]:
-    """Per tensor of many entries and in all: mean and standard deviation of the merged delta, mergekit's first."""
-    tensors: dict[str, dict[str, list[float]]] = {}
-    entries, sums, squares = 0, [0.0, 0.0], [0.0, 0.0]
-    for name, (reference, *merged) in _tensors(base, theirs, ours):
-        deltas = [(values.float() - reference.float()).double() for values in merged]
-        if reference.numel() >= MANY:
-            tensors[name] = {"mean": [float(d.mean()) for d in deltas], "sd": [float(d.std(correction=0)) for d in deltas]}
-        entries += reference.numel()
-        sums = [total + float(d.sum()) for total, d in zip(sums, deltas, strict=True)]
-        squares = [total + float(d.square().sum()) for total, d in zip(squares, deltas, strict=True)]
-    means = [total / entries for total in sums]
-    deviations = [(total / entries - mean**2) ** 0.5 for total, mean in zip(squares, means, strict=True)]
-    return {"mean": means, "sd": deviations, "tensors": tensors}
-
-
 def compare(bench: Bench, name: str) -> dict[str, Any]:
     """Our K=1 model against mergekit's."""
     ours = bench.export()
     if name == "dare":
         return spreads(bench.family.base, bench.theirs, ours)
-    return differences(bench.theirs, ours, bench.family, trimmed=name == "ties")
+    return differences(bench.theirs, ours, bench.family, DENSITY if name == "ties" else None)
 
 
 def compile_kernels(bench: Bench, names: Sequence[str], small: Family) -> None:
@@ -398,13 +332,14 @@ def main() -> None:
     parser.add_argument("--size", choices=SHAPES, default="full", help="270 M parameters each, or 8 M to try it out")
     parser.add_argument("--repeats", type=int, default=1, help="of every run, interleaved; medians are printed")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--cluster", default="none", help="ours: none, threads of one process as mergekit's; or local")
     parser.add_argument("--drop-caches", action="store_true", help="empty the page cache before every run (needs root)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     family = write_family(work, SHAPES[arguments.size], EXPERTS)
-    bench = Bench(work, family, install_mergekit(work), arguments.drop_caches)
+    bench = Bench(work, family, install_mergekit(work), arguments.drop_caches, arguments.cluster)
     results = {name: Found() for name in arguments.methods}
     compile_kernels(bench, arguments.methods, write_family(work, SHAPES["small"], EXPERTS))
     for _ in range(arguments.repeats):

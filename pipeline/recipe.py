@@ -45,6 +45,8 @@ def _name(value: str) -> str:
 
 Name = Annotated[str, AfterValidator(_name)]
 AUTO: Literal["auto"] = "auto"
+ROUNDING = 1e-9
+"""By which a share may miss what it stands for: 1/49 of 49 is less than 1."""
 
 
 def _scaling(value: Any) -> str | float:
@@ -260,7 +262,7 @@ def _group_problems(merge: MergeSection, count: int) -> list[str]:
             problems.append(f"{where}: the sign of a sum makes two groups: expected 2, got {groups}")
     if merge.budget is not None and not automatic:
         problems.append("merge.budget: it is spent by groups: auto; set that, or leave the budget out")
-    if merge.budget is not None and merge.budget * count < 1:
+    if merge.budget is not None and merge.budget * count < 1 - ROUNDING:
         problems.append(f"merge.budget: one row per channel is 1/{count} of {count} experts; got {merge.budget}")
     return problems
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from storage.artifact import Artifact
 from storage.atomic import canonical_json, sync
 from storage.errors import OutputExistsError
-from storage.layout import ROWS_FILE, SHARD_BYTES
+from storage.layout import RESIDUE_FILE, ROWS_FILE, SHARD_BYTES
 from storage.safetensors_file import Slot, allocate, shard_name, shards, weight_index, write_at
 
 
@@ -56,7 +56,7 @@ def export(artifact: Artifact, expert: str, target: Path) -> list[Path]:
         partial.mkdir()
         _write_weights(artifact, expert, partial)
         for side in (artifact.path / "experts" / expert).iterdir():
-            if side.name != ROWS_FILE:
+            if side.name not in (ROWS_FILE, RESIDUE_FILE):
                 shutil.copyfile(side, partial / side.name)
         if inside:
             for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):

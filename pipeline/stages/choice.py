@@ -18,7 +18,7 @@ from pipeline.engine import Engine
 from pipeline.job import Job
 from pipeline.kernels.allocation import allocate, group_errors, knee
 from pipeline.plan import TensorPlan
-from pipeline.recipe import AUTO
+from pipeline.recipe import AUTO, ROUNDING
 from pipeline.rows import row_counts
 from pipeline.stages.labels import GRAM, ClusterTask, keeps_exact, labels_for, read_channels
 from storage.errors import PlanError
@@ -101,13 +101,16 @@ def choose_groups(job: Job, engine: Engine, tasks: Sequence[ClusterTask], folder
         found = knee(errors, entries)
         budget, why = found.budget, f"no budget: {found.why}"
     else:
-        budget = int(job.recipe.merge.budget * everything) - _fixed_entries(job)
+        budget = int(job.recipe.merge.budget * everything * (1 + ROUNDING)) - _fixed_entries(job)
         why = f"budget {job.recipe.merge.budget} of the experts' entries in merged tensors"
     least = int(entries.min(axis=1).sum())
     if budget < least:
         needed = (least + _fixed_entries(job)) / everything
         raise PlanError(f"merge.budget: expected at least {needed:.4f}, which one row per channel needs, got less. Raise it.")
-    chosen = allocate(errors, entries, budget)
+    if len(errors) == 1:  # nothing to weigh it against: the least error that fits, be it off the curve
+        chosen = np.array([np.where(entries[0] <= budget, errors[0], np.inf).argmin() + 1])
+    else:
+        chosen = allocate(errors, entries, budget)
     _write_choice(job, folder, tensors, chosen)
     return (_summary(why, chosen, errors, entries, everything - _fixed_entries(job)),)
 

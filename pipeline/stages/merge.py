@@ -21,7 +21,7 @@ from pipeline.kernels.forms import COMBINED, SUM, WHOLE, Combining, PoolRows, Pr
 from pipeline.kernels.fused import merging as fused
 from pipeline.kernels.fused.floats import tagged
 from pipeline.kernels.merging import merge_rows
-from pipeline.kernels.methods.byom import kept_per_row, residue
+from pipeline.kernels.methods.byom import Rows, kept_per_row, residue
 from pipeline.plan import Block, TensorPlan
 from pipeline.recipe import MergeSection
 from pipeline.rows import RowTable
@@ -129,8 +129,7 @@ class _PoolWriter:
         kept = self.task.residues.get(self.tensor.name, {})
         for n, name in enumerate(self.task.experts):
             if name in kept and part.first < self.tensor.base_rows:
-                shared = out[self._places(rows, n, len(part))]
-                self.error_squares[n] += self._write_residue(part, n, shared, kept[name])
+                self.error_squares[n] += self._write_residue(part, n, rows, out, kept[name])
             else:
                 self.error_squares[n] += math.fsum(errors[:, n])
 
@@ -151,20 +150,15 @@ class _PoolWriter:
         own = part.own(task.experts)
         return merge_rows(part.base, own, dtypes, dtype, rows, merging.method, pruning, combining, out, merging.device)
 
-    def _places(self, rows: PoolRows, n: int, channels: int) -> NDArray[np.int64]:
-        """(channels,) where in the output the row of this expert stands."""
-        mine = (rows.users >> np.uint64(n) & np.uint64(1)).astype(bool)
-        places = np.empty(channels, np.int64)
-        places[np.repeat(np.arange(channels), np.diff(rows.starts))[mine]] = rows.places[mine]
-        return places
-
-    def _write_residue(self, part: Slice, n: int, shared: NDArray[Any], place: Residue) -> float:
+    def _write_residue(self, part: Slice, n: int, rows: PoolRows, out: NDArray[Any], place: Residue) -> float:
         """Write what an expert keeps of a slice; the squared error that is left."""
         bits, dtype, name = part.own(self.task.experts)[n], self.tensor.dtype, self.task.experts[n]
         if bits is None:
             raise AssertionError(f"{self.tensor.name}: a merged tensor has rows of every expert")
-        own = cast(bits, part.dtype(name), dtype)
-        columns, values = residue(own, part.base, shared, dtype, place.count, self.task.merge.residual, self.merging.device)
+        mine = (rows.users >> np.uint64(n) & np.uint64(1)).astype(bool)  # one row per channel, in order
+        shared, own = out[rows.places[mine]], cast(bits, part.dtype(name), dtype)
+        both = Rows(bits, part.dtype(name), part.base, shared, dtype, rows.kinds[mine] != COMBINED)
+        columns, values = residue(both, place.count, self.task.merge.residual, self.merging.device)
         for offset, found in ((place.columns, columns), (place.values, values)):
             write_at(place.path, offset + part.first * place.count * found.itemsize, found)
         self.written += columns.nbytes + values.nbytes

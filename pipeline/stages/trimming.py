@@ -69,7 +69,8 @@ def known_trims(job: Job, expert: str) -> Trims | None:
     try:
         found = json.loads(_path(job, expert).read_bytes())
         thresholds = {name: NONE if value is None else float(value) for name, value in found["thresholds"].items()}
-        return Trims(thresholds, int(found["kept"]), int(found["entries"]))
+        trims = Trims(thresholds, int(found["kept"]), int(found["entries"]))
+        return trims if thresholds.keys() == _scopes(job).keys() else None
     except (OSError, ValueError, KeyError, AttributeError, TypeError):  # none, or damaged: it is made anew
         return None
 

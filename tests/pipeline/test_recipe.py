@@ -52,7 +52,10 @@ def test_defaults_are_filled_and_paths_are_absolute(tmp_path: Path) -> None:
         ("merge: {groups: 0}", "merge.groups: expected 'auto' or a whole number from 1 on (got 0)"),
         ("merge: {groups: two}", "merge.groups: expected 'auto' or a whole number from 1 on (got 'two')"),
         ("merge: {density: 1.5}", "merge.density: Input should be less than or equal to 1 (got 1.5)"),
-        ("merge: {method: dare-ties}", "merge.method: Input should be 'average', 'task_arithmetic', 'ties', 'dare', 'dare_ties', 'slerp' or 'byom' (got"),
+        (
+            "merge: {method: dare-ties}",
+            "merge.method: Input should be 'average', 'task_arithmetic', 'ties', 'dare', 'dare_ties', 'slerp' or 'byom' (got",
+        ),
         ("merge: {scaling: half}", "merge.scaling: expected 'mean' or a number above 0 (got 'half')"),
         ("merge: {scaling: -1}", "merge.scaling: expected 'mean' or a number above 0 (got -1)"),
         ("merge: {rules: [{match: x, groups: 9}]}", "merge.rules.0.groups: expected at most 2"),

@@ -10,7 +10,6 @@ import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -49,8 +48,16 @@ def spread(rows: Floats, blocks: Sequence[Sequence[int]]) -> float:
     return sum(float(((rows[list(b)] - rows[list(b)].mean(axis=0)) ** 2).sum()) for b in blocks)
 
 
+def nearness(rows: Floats, blocks: Sequence[Sequence[int]]) -> float:
+    """k-medoids' objective: L1 distances of rows to the best member of their blocks."""
+    return sum(min(float(np.abs(rows[list(b)] - rows[m]).sum()) for m in b) for b in blocks)
+
+
 def cost(rows: Floats, blocks: Sequence[Sequence[int]], kind: str, metric: str) -> tuple[float, float]:
     """What a clustering minimises, and the score whose 1e-5th is a tie."""
+    if metric == "manhattan" and kind == "kmeans":
+        value = nearness(rows, blocks)
+        return value, value
     rows = rows / np.linalg.norm(rows, axis=1, keepdims=True) if metric == "cosine" else rows
     if kind == "spherical":
         length = sum(float(np.linalg.norm(rows[list(b)].sum(axis=0))) for b in blocks)
@@ -59,12 +66,22 @@ def cost(rows: Floats, blocks: Sequence[Sequence[int]], kind: str, metric: str) 
     return value, float((rows**2).sum()) - value
 
 
+def by_mass(deltas: Floats) -> tuple[tuple[int, ...], float]:
+    """Two groups by the sign of the sum, 0 counting as +; zero deltas are one of the two where there are any."""
+    changed = deltas.any(axis=1)
+    sums = deltas.sum(axis=1)
+    sides = changed if not changed.all() else sums < 0
+    blocks = [block for block in (np.flatnonzero(sides).tolist(), np.flatnonzero(~sides).tolist()) if block]
+    margin = np.inf if not changed.all() else float((np.abs(sums) / np.abs(deltas).sum(axis=1)).min())
+    return growth_string(blocks, len(deltas)), margin
+
+
 def cluster_channel(
-    deltas: Floats, groups: int, kind: str = "kmeans", metric: str = "cosine", draw: int = 0
+    deltas: Floats, groups: int, kind: str = "kmeans", metric: str = "cosine", draw: int = 0, sign: str = "vector"
 ) -> tuple[tuple[int, ...], float]:
     """Growth string of one channel's best grouping, and its relative margin over the second best (inf without one).
 
-    ``deltas``: (experts, width); ``draw``: 32 random bits for kind random.
+    ``deltas``: (experts, width); ``draw``: 32 random bits for kind random; ``sign``: how kind sign reads a delta.
     """
     count = len(deltas)
     if groups >= count:
@@ -75,19 +92,23 @@ def cluster_channel(
     zeros = [n for n in range(count) if n not in changed]
     if not changed:
         return (0,) * count, np.inf
+    if kind == "sign" and sign == "mass":
+        return by_mass(deltas)
+    rows = np.sign(deltas[changed]) if kind == "sign" else deltas[changed]
     remaining = min(groups - bool(zeros), len(changed))
     scored = []
     for blocks in set_partitions(range(len(changed)), remaining):
         named = [[changed[i] for i in block] for block in blocks] + ([zeros] if zeros else [])
         inner = growth_string(blocks, len(changed))
-        scored.append((*cost(deltas[changed], blocks, kind, metric), inner, growth_string(named, count)))
+        scored.append((*cost(rows, blocks, kind, metric), inner, growth_string(named, count)))
     if kind == "random":
         in_order = sorted(scored, key=lambda entry: entry[2])
         return in_order[draw * len(in_order) >> 32][3], np.inf
     scored.sort(key=lambda entry: entry[0])
     best, score = scored[0][0], scored[0][1]
     tied = [entry for entry in scored if entry[0] - best <= 1e-5 * score]
-    others = [(entry[0] - best) / score for entry in scored if entry not in tied]
+    # without a score, which clusters of one row each have under medoids, any difference is clear
+    others = [(entry[0] - best) / (score or 1e-300) for entry in scored if entry not in tied]
     return min(tied, key=lambda entry: entry[2])[3], min(others, default=np.inf)
 
 
@@ -116,28 +137,25 @@ def dare_mask(seed: int, expert: str, tensor: str, shape: tuple[int, int], densi
 
 @dataclass(frozen=True)
 class Options:
+    """The merge section of a recipe; the weights of its experts too."""
+
     groups: int
     method: str = "task_arithmetic"
     scaling: float | str = "mean"
+    combine: str | None = None
     density: float = 0.7
+    trim_scope: str = "tensor"
+    rescale: str = "density"
+    t: float = 0.5
+    keep: float = 0.3
+    residual: str = "merged"
     singleton: str = "keep"
     seed: int = 0
     weights: Mapping[str, float] | None = None
     granularity: str = "channel"
     clustering: str = "kmeans"
     metric: str = "cosine"
-
-
-@dataclass(frozen=True)
-class MergedTensor:
-    labels: NDArray[np.int64]
-    """(rows, experts) growth strings of the clustering."""
-    margins: Floats
-    """(rows,) how much the second best grouping is worse."""
-    rebuilt: dict[str, Floats]
-    """Expert -> (rows, width) float64, before rounding."""
-    exact: dict[str, NDArray[np.bool_]]
-    """Expert -> (rows,) whether its row must be its own bit for bit."""
+    sign: str = "vector"
 
 
 def group_channels(
@@ -147,51 +165,20 @@ def group_channels(
     rows = deltas.shape[1]
     tensor = "" if options.granularity == "model" else name
     draws = [philox_words(channel, key_of(options.seed, "", tensor))[0] for channel in range(rows)]
-    how = (options.groups, options.clustering, options.metric)
+
+    def grouped(rows: Floats, draw: int) -> tuple[tuple[int, ...], float]:
+        return cluster_channel(rows, options.groups, options.clustering, options.metric, draw, options.sign)
+
     if options.granularity == "channel":
-        found = [cluster_channel(deltas[:, channel], *how, draws[channel]) for channel in range(rows)]
+        found = [grouped(deltas[:, channel], draws[channel]) for channel in range(rows)]
     else:
         everything = deltas.reshape(len(deltas), -1) if options.granularity == "layer" else model
         assert everything is not None
-        found = [cluster_channel(everything, *how, draws[0])] * rows
+        found = [grouped(everything, draws[0])] * rows
     return [labels for labels, _ in found], [margin for _, margin in found]
 
 
-def merge_tensor(
-    name: str, base: torch.Tensor, experts: Mapping[str, torch.Tensor], options: Options, model: Floats | None = None
-) -> MergedTensor:
-    """Channel Merging of one matrix, channel by channel (arXiv 2412.15283, Eq. 3)."""
-    names = sorted(experts)
-    origin = as_float64(base)
-    own = {n: as_float64(experts[n]) for n in names}
-    deltas = {n: own[n] - origin for n in names}
-    pruned: dict[str, Any] = deltas
-    if options.method == "dare":
-        shape = (origin.shape[0], origin.shape[1])
-        masks = {n: dare_mask(options.seed, n, name, shape, options.density) for n in names}
-        pruned = {n: np.where(masks[n], deltas[n] / options.density, 0.0) for n in names}
-    weights = options.weights or dict.fromkeys(names, 1.0)
-    rows, count = len(origin), len(names)
-    strings, distances = group_channels(name, np.stack([deltas[n] for n in names]), options, model)
-    labels, margins = np.array(strings, np.int64), np.array(distances)
-    rebuilt = {n: np.empty_like(origin) for n in names}
-    exact = {n: np.zeros(rows, bool) for n in names}
-    for channel in range(rows):
-        found = strings[channel]
-        for label in set(found):
-            members = [n for n, mine in zip(names, found, strict=True) if mine == label]
-            same = all(torch.equal(_bits(experts[m][channel]), _bits(experts[members[0]][channel])) for m in members)
-            total = sum(weights[m] * pruned[m][channel] for m in members)
-            factor = 1 / sum(weights[m] for m in members) if options.scaling == "mean" else float(options.scaling)
-            for m in members:
-                if same and (options.singleton == "keep" or options.groups >= count):
-                    rebuilt[m][channel], exact[m][channel] = own[m][channel], True
-                else:
-                    rebuilt[m][channel] = origin[channel] + factor * total
-    return MergedTensor(labels, margins, rebuilt, exact)
-
-
-def _bits(row: torch.Tensor) -> torch.Tensor:
+def bits_of(row: torch.Tensor) -> torch.Tensor:
     return row.contiguous().view(torch.int16 if row.element_size() == 2 else torch.int32)
 
 
@@ -200,7 +187,7 @@ def ulps(found: torch.Tensor, expected: Floats) -> NDArray[np.int64]:
     rounded = torch.from_numpy(expected).to(found.dtype)
 
     def ordered(tensor: torch.Tensor) -> NDArray[np.int64]:
-        bits = _bits(tensor).numpy().astype(np.int64)
+        bits = bits_of(tensor).numpy().astype(np.int64)
         low = -(1 << (8 * tensor.element_size() - 1))
         return np.where(bits < 0, low - bits, bits)
 

@@ -8,13 +8,14 @@ known before anything is merged.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.kernels.bits import from_float, to_float
+from pipeline.kernels.bits import cast, from_float, to_float
 from pipeline.kernels.forms import SUM, WHOLE, Pruning
 from pipeline.kernels.methods.interface import Method, added, whole
 
@@ -30,22 +31,33 @@ def without_largest(delta: torch.Tensor, expert: int, pruning: Pruning) -> torch
     return delta.scatter(1, kept_columns(delta, pruning.limit), 0.0)
 
 
-def residue(
-    own: NDArray[Any], base: NDArray[Any], shared: NDArray[Any], dtype: str, count: int, residual: str, device: str
-) -> tuple[NDArray[np.int32], NDArray[Any]]:
-    """What one expert keeps: columns (rows, count) int32, and the raw bits that stand there in the rebuilt expert.
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one expert, the base and the merged model, (rows, width) raw bits each."""
 
-    ``own``, ``base``, ``shared``: (rows, width) raw bits of the expert, the base and the merged model in one type.
-    """
-    expert, origin = to_float(own, dtype, device), to_float(base, dtype, device)
-    merged = to_float(shared, dtype, device)
-    delta = expert - origin
+    own: NDArray[Any]
+    own_dtype: str
+    base: NDArray[Any]
+    shared: NDArray[Any]
+    dtype: str
+    """Of base and merged model."""
+    exact: NDArray[np.bool_]
+    """(rows,) where the merged model's row is the expert's own."""
+
+
+def residue(rows: Rows, count: int, residual: str, device: str) -> tuple[NDArray[np.int32], NDArray[Any]]:
+    """What one expert keeps: columns (rows, count) int32, and the raw bits that stand there in the rebuilt expert."""
+    expert = to_float(rows.own, rows.own_dtype, device)
+    merged = to_float(rows.shared, rows.dtype, device)
+    delta = expert - to_float(rows.base, rows.dtype, device)
     columns = kept_columns(expert - merged if residual == "merged" else delta, count)
+    places = columns.cpu().numpy()
     if residual == "merged":
-        bits = np.take_along_axis(own, columns.cpu().numpy(), axis=1)
+        bits = np.take_along_axis(cast(rows.own, rows.own_dtype, rows.dtype), places, axis=1)
     else:
-        bits = from_float((merged + delta).gather(1, columns), dtype)
-    return columns.to(torch.int32).cpu().numpy(), bits
+        bits = from_float((merged + delta).gather(1, columns), rows.dtype)
+        bits[rows.exact] = np.take_along_axis(rows.shared[rows.exact], places[rows.exact], axis=1)
+    return places.astype(np.int32), bits
 
 
 METHODS: dict[str, Method] = {
