@@ -75,7 +75,7 @@ class SimilarityReceipt:
 
     chunks: ChunkDigests
     masses: list[tuple[str, NDArray[np.float64]]]
-    """Per tensor and chunk (experts, 2): sums of |delta| and |masked delta|."""
+    """Per tensor and chunk (experts, 2, 2): sums of |delta| and |masked delta|, each in two parts that are exact together."""
     bytes_read: int
 
 
@@ -180,10 +180,15 @@ def similarity_block(task: SimilarityTask) -> SimilarityReceipt:
                 digests.update(store.write(table_array(kind, tensor.name), chunk.first, out))
             if counts:
                 trimming.write_counts(task.counts, tensor.name, chunk.first, counts)
-            if wanted.masses:  # exact sums: they do not depend on how the chunk was cut
-                sums = [[math.fsum(rows[:, side]) for side in (0, 1)] for rows in weighed]
-                masses.append((tensor.name, np.array(sums)))
+            if wanted.masses:
+                masses.append((tensor.name, np.array([[_exact_sum(rows[:, side]) for side in (0, 1)] for rows in weighed])))
     return SimilarityReceipt(digests, masses, read)
+
+
+def _exact_sum(values: NDArray[np.float64]) -> tuple[float, float]:
+    """The sum and what rounding it left: added up with others by fsum they do not depend on how rows were cut."""
+    total = math.fsum(values)
+    return total, math.fsum([*values.tolist(), -total])
 
 
 def _missing_tables(job: Job, store: ArrayGroup) -> dict[str, tuple[str, ...]]:
@@ -221,7 +226,8 @@ def _scales(job: Job, receipts: Sequence[SimilarityReceipt]) -> dict[str, tuple[
     scales = {}
     for tensor, parts in sums.items():
         whole, kept = (
-            [math.fsum(float(part[n, side]) for part in parts) for n in range(len(job.plan.experts))] for side in (0, 1)
+            [math.fsum(value for part in parts for value in part[n, side].tolist()) for n in range(len(job.plan.experts))]
+            for side in (0, 1)
         )
         scales[tensor] = tuple(a / b if b else 1.0 for a, b in zip(whole, kept, strict=True))
     return scales

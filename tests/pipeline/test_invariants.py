@@ -164,6 +164,32 @@ def test_same_bytes_wherever_it_runs(family: Family, running: str, monkeypatch: 
     assert 30 < blocks["small blocks on four workers"] < blocks["smaller blocks on four workers"]
 
 
+@pytest.mark.parametrize(
+    "merge",
+    [
+        {"merge.method": "ties", "merge.trim_scope": "model", "merge.density": 0.6},
+        {"merge.method": "ties", "merge.trim_scope": "row", "merge.metric": "manhattan"},
+        {"merge.method": "dare_ties", "merge.rescale": "l1", "merge.clustering": "sign"},
+        {"merge.method": "slerp", "merge.groups": 3, "merge.clustering": "random"},
+        {"merge.method": "byom", "merge.groups": 1, "merge.residual": "delta"},
+        {"merge.method": "average", "merge.clustering": "sign", "merge.sign": "mass", "merge.granularity": "layer"},
+    ],
+    ids=lambda merge: "-".join(map(str, merge.values())),
+)
+def test_every_option_gives_the_same_bytes_in_any_pieces(
+    family: Family, merge: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is found over whole rows, tensors or the model does not depend on blocks, slices or threads."""
+    expected = merged(family.recipe(**merge))
+    for elements, workers in ((5 * 16, 1), (3 * 16, 3)):
+        fresh(family)
+        monkeypatch.setattr(layout, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(memory, "SLICE_ELEMENTS", elements)
+        found = merged(family.recipe(**merge, cluster={"kind": "none", "memory": "16KB", "workers": workers}))
+        assert found.new
+        assert digests(found) == digests(expected)
+
+
 def router_of(family: Family) -> dict[str, Any]:
     """Queries for every expert, in files beside the family."""
     queries = {}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipeline.kernels import sizes
+from pipeline.kernels.clustering import Clustering, cluster_channels
 from pipeline.kernels.compiled import compiled
 from pipeline.kernels.forms import COMBINED, COPY_BASE, COPY_EXPERT, Combining, PoolRows, Pruning, in_order_of_channel
 from pipeline.kernels.fused import merging as fused
@@ -23,6 +24,7 @@ from pipeline.kernels.fused.philox import fill_words
 from pipeline.kernels.masks import keep_mask, limit_of, mask_key, philox
 from pipeline.kernels.merging import merge_rows
 from pipeline.kernels.methods import catalogue
+from pipeline.kernels.partitions import TIE
 from pipeline.kernels.tables import table
 
 TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -278,6 +280,33 @@ def test_masses_weigh_the_same_masks(dtype: str) -> None:
     expected = np.stack([size.sum(axis=1), (size * mask.numpy()).sum(axis=1)], axis=1)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     np.testing.assert_allclose(sizes.row_masses(case.deltas[1], mask), expected, rtol=1e-12)
+
+
+def test_both_paths_group_alike_but_for_ties_that_are_made() -> None:
+    """Gram matrices of the two paths differ in their last bits: of a thousand channels none groups otherwise. Then ties.
+
+    Orthogonal deltas, where all partitions score alike, with one cosine raised so that the best partition leads by just
+    the width of a tie: there, and only there, the last bits may decide. The channels made to lie within them are counted.
+    """
+    case = Case(12, "F32", 5, (1000, 96))
+    ours = fused_tables.table(tagged(case.bits, "F32"), case.stack, 0, "gram")
+    theirs = table(case.deltas, "gram").numpy()
+    assert (ours != theirs).any()
+    draws = np.zeros(1000, np.int64)
+    for groups in (2, 3, 4):
+        labels = [cluster_channels(gram, groups, Clustering("kmeans", "cosine"), draws) for gram in (ours, theirs)]
+        np.testing.assert_array_equal(labels[0], labels[1])
+    edge = np.tile(np.eye(4), (200, 1, 1))
+    # two pairs score 2 + c, the tied partition before them 2: the lead is a share TIE of the best where c = 2 TIE / (1 - TIE)
+    steps = np.concatenate([np.linspace(-50, 50, 100) * 1e-16, np.linspace(-1, 1, 100) * 1e-8])
+    raised = 2 * TIE / (1 - TIE) + steps
+    edge[:, 2, 3] = edge[:, 3, 2] = raised
+    near = edge * (1 + 1e-15)
+    found = [cluster_channels(gram, 2, Clustering("kmeans", "cosine"), draws[:200]) for gram in (edge, near)]
+    differ = (found[0] != found[1]).any(axis=1)
+    assert not differ[np.abs(steps) > 1e-14].any()
+    assert differ.sum() <= 100
+    assert len(np.unique(found[0], axis=0)) == 2
 
 
 def test_infinite_values_are_counted() -> None:
