@@ -62,7 +62,7 @@ class ArraySpec:
             "shape": list(self.shape),
             "data_type": self.dtype,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.chunk_shape)}},
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
             "fill_value": 0.0 if self.dtype.startswith("float") else 0,
             "codecs": [little_endian, {"name": "blosc", "configuration": blosc}, {"name": "crc32c"}],
             "attributes": dict(self.attributes),
@@ -96,7 +96,7 @@ class ArrayGroup:
             group.require_group(parent)
         for name, spec in arrays.items():
             shutil.rmtree(self.path / name, ignore_errors=True)
-            (self.path / name).mkdir()
+            (self.path / name).mkdir()  # chunks lie in it without folders of their own: making those takes longer than writing
             (self.path / name / METADATA).write_text(json.dumps(spec.metadata(), indent=2))
 
     def write(self, name: str, start: int, values: NDArray[Any]) -> ChunkDigests:
@@ -201,7 +201,6 @@ def _spec(path: Path) -> ArraySpec:
 
 def _write_file(path: Path, *parts: bytes) -> None:
     """A file that is whole or not there, also when two tasks write it at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     with partial.open("xb", buffering=0) as file:
         for part in parts:
@@ -212,7 +211,7 @@ def _write_file(path: Path, *parts: bytes) -> None:
 
 
 def _chunk_key(name: str, chunk: int, dimensions: int) -> str:
-    return "/".join([name, "c", str(chunk), *["0"] * (dimensions - 1)])
+    return f"{name}/{'.'.join(['c', str(chunk), *['0'] * (dimensions - 1)])}"
 
 
 def _size(path: Path) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,7 @@ class DigestCache:
         """sha256 of every path, reading only those that changed since they were last asked for."""
         known = self._load()
         found: dict[Path, str] = {}
-        fresh: dict[str, list[Any]] = {}
+        unknown: dict[Path, list[int]] = {}
         for path in paths:
             resolved = path.resolve()
             key = stamp(resolved)
@@ -64,8 +66,11 @@ class DigestCache:
             if isinstance(entry, list) and entry[:-1] == key:
                 found[path] = entry[-1]
             else:
-                found[path] = sha256_file(resolved)
-                fresh[str(resolved)] = [*key, found[path]]
+                unknown[path] = key
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            digests = list(pool.map(sha256_file, (path.resolve() for path in unknown)))
+        found |= dict(zip(unknown, digests, strict=True))
+        fresh = {str(path.resolve()): [*key, found[path]] for path, key in unknown.items()}
         if fresh:
             with suppress(OSError):  # a place that cannot be written costs time, not the run
                 self.path.parent.mkdir(parents=True, exist_ok=True)

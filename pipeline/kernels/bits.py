@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+if TYPE_CHECKING:  # the fused path does without, and importing it takes a second
+    import torch
+
+
+TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _SIGNED = {2: "<i2", 4: "<i4"}
 
 
 def to_float(bits: NDArray[Any], dtype: str, device: str = "cpu") -> torch.Tensor:
     """float32 values of raw bits. ``dtype`` is a safetensors name: BF16, F16 or F32."""
+    import torch
+
     # from_numpy shares memory; a read-only array is only read here, but torch warns of it
     signed = bits.view(_SIGNED[bits.dtype.itemsize])
     if not signed.flags.writeable:
         signed = signed.copy()
-    return torch.from_numpy(signed).to(device).view(TORCH[dtype]).to(torch.float32)
+    return torch.from_numpy(signed).to(device).view(getattr(torch, TORCH[dtype])).to(torch.float32)
 
 
 def from_float(values: torch.Tensor, dtype: str) -> NDArray[Any]:
     """Raw bits of float32 values, rounded once to nearest even."""
-    rounded = values.to(TORCH[dtype]).contiguous()
+    import torch
+
+    rounded = values.to(getattr(torch, TORCH[dtype])).contiguous()
     size = rounded.element_size()
     signed = rounded.view(torch.int16 if size == 2 else torch.int32).cpu().numpy()
     result: NDArray[Any] = signed.view(f"<u{size}")

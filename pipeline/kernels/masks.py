@@ -7,8 +7,11 @@ bits of sha256 over (seed, expert, tensor). Integer arithmetic only, so CPU and 
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # the fused path does without, and importing it takes a second
+    import torch
+
 
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -30,6 +33,8 @@ def _wide_product(words: torch.Tensor, multiplier: int) -> tuple[torch.Tensor, t
 
 def philox(counters: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:
     """(n, 4) int64 holding 32-bit words: the outputs for 64-bit counters (n,) int64, upper counter words zero."""
+    import torch
+
     c0, c1 = counters & WORD, (counters >> 32) & WORD
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     k0, k1 = key
@@ -51,6 +56,8 @@ def keep_mask(key: tuple[int, int], first: int, shape: tuple[int, int], limit: i
 
     ``first`` is the index of the first element, row * width + column in store layout.
     """
+    import torch
+
     count = shape[0] * shape[1]
     block = torch.arange(first // 4, -(-(first + count) // 4), dtype=torch.int64, device=device)
     words = philox(block, key).reshape(-1)[first % 4 : first % 4 + count]

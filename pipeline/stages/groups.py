@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipeline.kernels import sizes
@@ -17,7 +16,6 @@ from pipeline.kernels.masks import limit_of, mask_key
 from pipeline.kernels.methods import catalogue
 from pipeline.kernels.methods.byom import kept_per_row
 from pipeline.kernels.methods.interface import Method
-from pipeline.kernels.tables import table
 from pipeline.recipe import MergeSection
 from pipeline.stages.slices import Slice
 
@@ -83,12 +81,16 @@ class Merging:
 
     def _pair_weights(self, part: Slice, rows: PoolRows, threads: int) -> NDArray[np.float32]:
         """(channels, experts) the weights of every channel's pair; 1 for an expert in a group of one."""
+        import torch
+
+        from pipeline.kernels import tables
+
         if self.method.pair_weights is None:
             raise AssertionError("only methods for pairs weigh them")
         if self.is_fused(part) and part.stack is not None:
             gram = fused_tables.table(tagged(part.base, part.tensor.dtype), part.stack, part.at, "gram", threads)
         else:
-            gram = table(torch.stack(part.deltas(self.experts, self.device)), "gram").cpu().numpy()
+            gram = tables.table(torch.stack(part.deltas(self.experts, self.device)), "gram").cpu().numpy()
         weights = np.ones((len(part), len(self.experts)), np.float32)
         channels = np.repeat(np.arange(len(part)), np.diff(rows.starts))
         for users in np.unique(rows.users):

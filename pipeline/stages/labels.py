@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipeline.kernels.clustering import Clustering, cluster_channels
-from pipeline.kernels.masks import mask_key, philox
+from pipeline.kernels.fused.philox import first_words
+from pipeline.kernels.masks import mask_key
 from pipeline.plan import TensorPlan
 from pipeline.recipe import AUTO, MergeSection
 from pipeline.rows import first_equal
@@ -125,7 +125,7 @@ def labels_for(task: ClusterTask, channels: Channels, groups: int | NDArray[np.i
             raise AssertionError("granularity model needs the sums over the model")
         whole, count = {kind: found[None] for kind, found in sums.items()}, 1
         groups = groups if isinstance(groups, int) else groups[:1]
-    draws = philox(torch.arange(count), key)[:, 0].numpy()
+    draws = first_words(key, count)
     table = whole.get(task.clustering.table)
     if table is not None and task.clustering.table == "sums":
         table = table[..., 0]

@@ -20,7 +20,6 @@ from pipeline.kernels.bits import cast, to_float
 from pipeline.kernels.forms import COMBINED, SUM, WHOLE, Combining, PoolRows, Pruning, in_order_of_channel
 from pipeline.kernels.fused import merging as fused
 from pipeline.kernels.fused.floats import tagged
-from pipeline.kernels.merging import merge_rows
 from pipeline.kernels.methods.byom import Rows, kept_per_row, residue
 from pipeline.plan import Block, TensorPlan
 from pipeline.recipe import MergeSection
@@ -146,6 +145,8 @@ class _PoolWriter:
         if part.stack is not None and (merging.is_fused(part) or not combined):
             base, target = tagged(part.base, dtype), tagged(out, dtype)
             return fused.merge_rows(base, part.stack, part.at, rows, pruning, combining, target, task.threads)
+        from pipeline.kernels.merging import merge_rows
+
         dtypes = [part.dtype(name) for name in task.experts]
         own = part.own(task.experts)
         return merge_rows(part.base, own, dtypes, dtype, rows, merging.method, pruning, combining, out, merging.device)

@@ -10,10 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 
@@ -27,7 +26,6 @@ from pipeline.kernels.fused import sizes as fused_sizes
 from pipeline.kernels.fused import tables as fused_tables
 from pipeline.kernels.fused.floats import tagged
 from pipeline.kernels.masks import keep_mask, limit_of, mask_key
-from pipeline.kernels.tables import table
 from pipeline.plan import Block, TensorPlan
 from pipeline.recipe import AUTO
 from pipeline.stages import trimming
@@ -35,6 +33,9 @@ from pipeline.stages.ingest import StageResult
 from pipeline.stages.slices import FUSED, Slice, bytes_of, chunks, device_of
 from storage.arrays import ArrayGroup, ArraySpec, ChunkDigests
 from storage.deltas import expert_group, table_array, table_group
+
+if TYPE_CHECKING:  # the fused path does without, and importing it takes a second
+    import torch
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,14 @@ class _Pass:
 
     def tables(self, part: Slice, deltas: Sequence[torch.Tensor], kind: str) -> NDArray[np.float64]:
         """A table of a slice, experts in the order of the tables."""
+        import torch
+
+        from pipeline.kernels import tables
+
         if part.stack is not None and self.task.kernel == FUSED:
             found = fused_tables.table(tagged(part.base, part.tensor.dtype), part.stack, part.at, kind, self.task.threads)
         else:
-            found = table(torch.stack(list(deltas)), kind).cpu().numpy()
+            found = tables.table(torch.stack(list(deltas)), kind).cpu().numpy()
         order = list(self.task.order)
         return found[:, order] if kind == "sums" else found[:, order][:, :, order]
 
@@ -194,7 +199,7 @@ def _exact_sum(values: NDArray[np.float64]) -> tuple[float, float]:
 def _missing_tables(job: Job, store: ArrayGroup) -> dict[str, tuple[str, ...]]:
     """Per tensor the tables that are not there whole."""
     known = set(store.record.get("arrays", [])) if store.complete else set()
-    damaged = {key.split("/c/")[0] for key in store.missing_chunks()} if store.complete else set()
+    damaged = {key.rpartition("/")[0] for key in store.missing_chunks()} if store.complete else set()
     wanted = {}
     for tensor in job.plan.clustered:
         tables = [kind for kind in _tables_for(job, tensor) if table_array(kind, tensor.name) not in known - damaged]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipeline.kernels.bits import cast, to_float
@@ -17,6 +16,10 @@ from storage.checkpoint import padded_rows
 from storage.deltas import restored
 from storage.errors import ClusterError
 from storage.layout import DTYPES
+
+if TYPE_CHECKING:  # the fused path does without, and importing it takes a second
+    import torch
+
 
 FUSED = "fused"
 
@@ -110,6 +113,8 @@ def bytes_of(part: Slice) -> int:
 def device_of(kernel: str) -> str:
     """The torch device of a kernel path. ClusterError when this process has no GPU that it asks for."""
     if kernel == "cuda":
+        import torch
+
         if not torch.cuda.is_available():
             raise ClusterError("cluster.kernel is cuda, but torch finds no GPU here. Use a worker with one, or kernel: fused.")
         return "cuda"

@@ -311,3 +311,16 @@ def test_the_command_line_knows_no_prefect() -> None:
     program = "import flows.cli, flows.run, pipeline.engine, sys; print('prefect' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_ties"])
+def test_a_run_on_the_fused_path_needs_no_torch(family: Family, method: str) -> None:
+    """Importing it takes longer than many a merge."""
+    recipe = family.recipe(**{"merge.method": method, "merge.trim_scope": "row"})
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom flows.run import read_recipe, run_recipe\n"
+        "from pipeline.engine import Silent\n"
+        "run_recipe(read_recipe(Path(sys.argv[1])), Silent())\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(recipe)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -196,7 +196,7 @@ def test_finite_values_that_overflow_in_a_difference_are_named(family: Family) -
 
 def test_a_table_that_lost_a_chunk_is_mended(family: Family) -> None:
     first = merged(family.recipe())
-    (chunk,) = (family.folder.parent / "deltas").glob(f"*/tables/*/gram/{UP}/c/0/0/0")
+    (chunk,) = (family.folder.parent / "deltas").glob(f"*/tables/*/gram/{UP}/c.0.0.0")
     chunk.unlink()
     shutil.rmtree(family.folder.parent / "output")
     assert merged(family.recipe()).version == first.version

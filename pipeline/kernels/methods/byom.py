@@ -9,19 +9,23 @@ known before anything is merged.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipeline.kernels.bits import cast, from_float, to_float
 from pipeline.kernels.forms import SUM, WHOLE, Pruning
 from pipeline.kernels.methods.interface import Method, added, whole
 
+if TYPE_CHECKING:  # the fused path does without, and importing it takes a second
+    import torch
+
 
 def kept_columns(values: torch.Tensor, count: int) -> torch.Tensor:
     """(rows, count) int64, ascending: the columns of the ``count`` largest |value| of every row (rows, width)."""
+    import torch
+
     order = torch.sort(values.abs(), dim=1, descending=True, stable=True).indices
     return torch.sort(order[:, :count], dim=1).values
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipeline.kernels.forms import Pruning
 
-Prune = Callable[[torch.Tensor, int, Pruning], torch.Tensor]
+if TYPE_CHECKING:  # the fused path does without, and importing it takes a second
+    import torch
+
+
+Prune = Callable[["torch.Tensor", int, Pruning], "torch.Tensor"]
 """(delta (rows, width) float32, position of its expert, pruning) -> the pruned delta."""
 
-Combine = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor], bool], torch.Tensor]
+Combine = Callable[[Sequence["torch.Tensor"], Sequence["torch.Tensor"], bool], "torch.Tensor"]
 """(pruned deltas of the members in order of name, weights broadcastable to them, mean) -> one delta. Runs in float32."""
 
 
@@ -37,6 +41,8 @@ def whole(delta: torch.Tensor, expert: int, pruning: Pruning) -> torch.Tensor:
 
 def added(deltas: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], mean: bool) -> torch.Tensor:
     """sum(w d), in order; dividing by sum(w) is part of the factor that follows."""
+    import torch
+
     total = torch.zeros_like(deltas[0])
     for delta, weight in zip(deltas, weights, strict=True):
         total += weight * delta

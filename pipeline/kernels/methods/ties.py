@@ -7,21 +7,27 @@ sum of weighted entries is elected; where both weigh the same it is +, as in mer
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from pipeline.kernels.forms import ELECT, TRIM, Pruning
 from pipeline.kernels.methods.interface import Method
 
+if TYPE_CHECKING:  # the fused path does without, and importing it takes a second
+    import torch
+
 
 def trimmed(delta: torch.Tensor, expert: int, pruning: Pruning) -> torch.Tensor:
     """The delta (rows, width) float32 without the entries below its threshold, one per row or one for all."""
+    import torch
+
     thresholds = torch.from_numpy(pruning.thresholds[:, expert : expert + 1].copy()).to(delta.device)
     return torch.where(delta.abs() >= thresholds, delta, torch.zeros_like(delta))
 
 
 def elected(deltas: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], mean: bool) -> torch.Tensor:
     """Per entry sum(w d) over the members with the elected sign, with ``mean`` divided by their sum(w)."""
+    import torch
+
     zero = torch.zeros_like(deltas[0])
     up, down, weight_up, weight_down = zero.clone(), zero.clone(), zero.clone(), zero.clone()
     for delta, weight in zip(deltas, weights, strict=True):
