@@ -185,16 +185,17 @@ class ArrayGroup:
         return rows
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=4096)
 def _parsed(path: Path, modified: int, inode: int) -> dict[str, Any]:
-    """A record as it was at that time. It lists thousands of chunks, and every task asks for it."""
+    """A JSON file as it was at that time: every task asks for the same ones, and a record lists thousands of chunks."""
     found: dict[str, Any] = json.loads(path.read_bytes())
     return found
 
 
 def _spec(path: Path) -> ArraySpec:
     """An array's specification from its ``zarr.json``."""
-    found = json.loads((path / METADATA).read_bytes())
+    status = (path / METADATA).stat()
+    found = _parsed(path / METADATA, status.st_mtime_ns, status.st_ino)
     chunk = found["chunk_grid"]["configuration"]["chunk_shape"]
     return ArraySpec(tuple(found["shape"]), found["data_type"], chunk[0], found["attributes"])
 
