@@ -96,6 +96,12 @@ class ThreadEngine:
         return [future.result() for future in futures]
 
 
+def _in_worker(function: Callable[[Task], Result], task: Task) -> Result:
+    """Run a task on a worker, whose allocator Dask has set to keep nothing: most of a run would go into mapping pages."""
+    return_freed_memory()
+    return function(task)
+
+
 class DaskEngine:
     """Tasks on the workers of a Dask cluster."""
 
@@ -111,7 +117,7 @@ class DaskEngine:
         self.reporter.start(stage, len(tasks))
         run = uuid.uuid4().hex[:8]  # keys are unique per run: completion is decided by the stores, not by Dask's cache
         futures = {
-            self.client.submit(function, task, key=f"{stage} {label}-{run}-{i}", pure=False): i
+            self.client.submit(_in_worker, function, task, key=f"{stage} {label}-{run}-{i}", pure=False): i
             for i, (task, label) in enumerate(zip(tasks, labels, strict=True))
         }
         results: list[Any] = [None] * len(tasks)

@@ -6,12 +6,13 @@ It needs headers and the recipe only, so that everything that cannot work is ref
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from pipeline import memory
-from pipeline.recipe import AUTO, Recipe, rule_for
+from pipeline.recipe import AUTO, ROUNDING, Recipe, rule_for
 from pipeline.roles import TRANSPOSED_MODELS, default_policy, is_head, is_vocabulary, layer_of, natural_order, tie_partner
 from storage.checkpoint import Checkpoint, TensorInfo
 from storage.errors import PlanError
@@ -275,6 +276,22 @@ def plan_tensor(name: str, recipe: Recipe, base: Checkpoint, experts: Mapping[st
     return TensorPlan(name, policy, groups if policy == "merge" else 0, own, holders)
 
 
+def _budget_problems(recipe: Recipe, tensors: Iterable[TensorPlan]) -> list[str]:
+    """Whether a budget has something to be spent on, and covers what has to be stored whatever K is chosen."""
+    budget, count = recipe.merge.budget, len(recipe.experts)
+    merged = [tensor for tensor in tensors if tensor.policy == "merge"]
+    if budget is None:
+        return []
+    if not any(tensor.groups == AUTO for tensor in merged):
+        return ["merge.budget: no merged tensor has groups: auto, so nothing is spent; leave the budget or the rules out"]
+    sizes = [(t.base_rows * t.width, 1 if t.groups == AUTO else min(t.groups, count)) for t in merged]
+    least, everything = sum(size * groups for size, groups in sizes), sum(size for size, _ in sizes) * count
+    if budget * (1 + ROUNDING) * everything >= least:
+        return []
+    needed = math.ceil(1e4 * least / everything) / 1e4
+    return [f"merge.budget: one row per channel and the groups that rules set need {needed:.4f}, got {budget}; raise it"]
+
+
 def make_plan(recipe: Recipe, base: Checkpoint, experts: Mapping[str, Checkpoint]) -> MergePlan:
     """The plan of a merge. PlanError lists everything that cannot work."""
     experts = dict(sorted(experts.items()))
@@ -304,6 +321,7 @@ def make_plan(recipe: Recipe, base: Checkpoint, experts: Mapping[str, Checkpoint
         if not any(rule_for(recipe.merge, name) is rule for name in names):
             notes.append(f"merge.rules.{number}: {rule.match!r} is the first match of no tensor and has no effect")
     if not problems:
+        problems += _budget_problems(recipe, tensors.values())
         problems += memory.problems(recipe.cluster.memory, len(experts), tensors.values())
     if problems:
         raise PlanError.listing("base and experts cannot be merged", problems)

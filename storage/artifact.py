@@ -116,10 +116,17 @@ class Artifact:
             infos = read_header(self.path / name)
             stems = sorted({tensor.rsplit(".", 1)[0] for tensor in infos})
             found = {stem: (infos[f"{stem}.columns"], infos[f"{stem}.values"]) for stem in stems}
-            return {
-                stem: (columns.read(0, columns.rows).view(np.int32), values.read(0, values.rows))
-                for stem, (columns, values) in found.items()
-            }
+            return {stem: self._residue_of(stem, columns, values) for stem, (columns, values) in found.items()}
+
+    def _residue_of(self, tensor: str, columns: TensorInfo, values: TensorInfo) -> tuple[NDArray[np.int32], NDArray[Any]]:
+        """One tensor's kept entries; ValueError when they cannot be put over its rows."""
+        info = self._pool[tensor]
+        places = columns.read(0, columns.rows).view(np.int32)
+        if columns.shape != values.shape or values.dtype != info.dtype:
+            raise ValueError(f"{tensor}: {values.dtype} {values.shape} values at {columns.shape} columns of {info.dtype}")
+        if places.size and not 0 <= int(places.min()) <= int(places.max()) < info.width:
+            raise ValueError(f"{tensor}: columns {places.min()} to {places.max()} of {info.width}")
+        return places, values.read(0, values.rows)
 
     def rows(self, tensor: str, indices: NDArray[np.int32]) -> NDArray[Any]:
         """(len(indices), width) raw bits of pool rows. The only reader of the pool: the format may store rows otherwise."""

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from filelock import FileLock
 from numba import config, njit, types
 from numba.extending import intrinsic
 from platformdirs import user_cache_path
@@ -34,7 +35,23 @@ def _cache_folder() -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return None
-    return folder
+    return folder if os.access(folder, os.W_OK) else None
+
+
+def _save_one_at_a_time(made: Any, folder: Path) -> None:
+    """Let one process at a time add code to the folder.
+
+    numba writes its index, then the code, and locks neither: of two processes that compile one function for two types, the
+    index of one may come to name the code of the other.
+    """
+    files = made._cache._cache_file
+    save = files.save
+
+    def save_alone(key: Any, data: Any) -> None:
+        with FileLock(folder / "lock"):
+            save(key, data)
+
+    files.save = save_alone
 
 
 def _jitted(function: Function, **options: Any) -> Function:
@@ -42,6 +59,8 @@ def _jitted(function: Function, **options: Any) -> Function:
     SETTINGS.CACHE_DIR = str(folder or before)  # read while the decorator runs; other packages keep their own
     try:
         made = njit(cache=folder is not None, nogil=True, error_model="numpy", **options)(function)
+        if folder is not None:
+            _save_one_at_a_time(made, folder)
     finally:
         SETTINGS.CACHE_DIR = before
     return cast("Function", made)

@@ -21,7 +21,6 @@ from pipeline.plan import TensorPlan
 from pipeline.recipe import AUTO, ROUNDING
 from pipeline.rows import row_counts
 from pipeline.stages.labels import GRAM, ClusterTask, keeps_exact, labels_for, read_channels
-from storage.errors import PlanError
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def _fixed_entries(job: Job) -> int:
 def choose_groups(job: Job, engine: Engine, tasks: Sequence[ClusterTask], folder: Path) -> tuple[str, ...]:
     """Write K per channel of every tensor with ``groups: auto``; what a user should know of it.
 
-    PlanError when the budget does not cover what has to be stored.
+    The plan has seen to it that the budget covers what has to be stored.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = tuple(job.recipe.experts[name].weight for name in job.plan.experts)
@@ -103,16 +102,12 @@ def choose_groups(job: Job, engine: Engine, tasks: Sequence[ClusterTask], folder
     else:
         budget = int(job.recipe.merge.budget * everything * (1 + ROUNDING)) - _fixed_entries(job)
         why = f"budget {job.recipe.merge.budget} of the experts' entries in merged tensors"
-    least = int(entries.min(axis=1).sum())
-    if budget < least:
-        needed = (least + _fixed_entries(job)) / everything
-        raise PlanError(f"merge.budget: expected at least {needed:.4f}, which one row per channel needs, got less. Raise it.")
     if len(errors) == 1:  # nothing to weigh it against: the least error that fits, be it off the curve
         chosen = np.array([np.where(entries[0] <= budget, errors[0], np.inf).argmin() + 1])
     else:
         chosen = allocate(errors, entries, budget)
     _write_choice(job, folder, tensors, chosen)
-    return (_summary(why, chosen, errors, entries, everything - _fixed_entries(job)),)
+    return (_summary(why, chosen, errors, entries, _fixed_entries(job), everything),)
 
 
 def _write_choice(job: Job, folder: Path, tensors: Sequence[TensorPlan], chosen: NDArray[np.int64]) -> None:
@@ -128,9 +123,18 @@ def _write_choice(job: Job, folder: Path, tensors: Sequence[TensorPlan], chosen:
 
 
 def _summary(
-    why: str, chosen: NDArray[np.int64], errors: NDArray[np.float64], entries: NDArray[np.int64], everything: int
+    why: str,
+    chosen: NDArray[np.int64],
+    errors: NDArray[np.float64],
+    entries: NDArray[np.int64],
+    fixed: int,
+    everything: int,
 ) -> str:
     places = (np.arange(len(chosen)), chosen - 1)
     shares = ", ".join(f"K={k} for {100 * (chosen == k).mean():.1f} %" for k in np.unique(chosen))
-    stored, left = int(entries[places].sum()) / everything, float(errors[places].sum() / max(errors[:, 0].sum(), 1e-300))
-    return f"groups: auto: {why}; {shares}; {100 * stored:.1f} % of the entries, {100 * left:.1f} % of the error of one model"
+    stored, left = (
+        (int(entries[places].sum()) + fixed) / everything,
+        float(errors[places].sum() / max(errors[:, 0].sum(), 1e-300)),
+    )
+    rest = f"{100 * stored:.1f} % of the merged entries, {100 * left:.1f} % of the error of one model"
+    return f"groups: auto: {why}; {shares}; {rest}"

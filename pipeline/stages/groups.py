@@ -59,7 +59,8 @@ class Merging:
         kind = self.method.form[0]
         keys = [mask_key(section.seed, name, part.tensor.name) for name in self.experts] if kind == MASK else [(0, 0)] * count
         limit = kept_per_row(section.keep, width) if section.method == "byom" else limit_of(section.density)
-        per_expert = np.array(scales or [1 / section.density] * count, np.float32)
+        with np.errstate(over="ignore"):  # of a density this small nothing is kept
+            per_expert = np.array(scales or [1 / section.density] * count).astype(np.float32)
         sizes_kept = np.array([thresholds or [0.0] * count], np.float32)
         if kind == TRIM and section.trim_scope == "row":
             sizes_kept = self._row_thresholds(part, round(section.density * width))

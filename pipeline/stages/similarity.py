@@ -33,6 +33,7 @@ from pipeline.stages.ingest import StageResult
 from pipeline.stages.slices import FUSED, Slice, bytes_of, chunks, device_of
 from storage.arrays import ArrayGroup, ArraySpec, ChunkDigests
 from storage.deltas import expert_group, table_array, table_group
+from storage.layout import DELTA_FORMAT
 
 if TYPE_CHECKING:  # the fused path does without, and importing it takes a second
     import torch
@@ -122,13 +123,13 @@ class _Pass:
 
     def tables(self, part: Slice, deltas: Sequence[torch.Tensor], kind: str) -> NDArray[np.float64]:
         """A table of a slice, experts in the order of the tables."""
-        import torch
-
-        from pipeline.kernels import tables
-
         if part.stack is not None and self.task.kernel == FUSED:
             found = fused_tables.table(tagged(part.base, part.tensor.dtype), part.stack, part.at, kind, self.task.threads)
         else:
+            import torch
+
+            from pipeline.kernels import tables
+
             found = tables.table(torch.stack(list(deltas)), kind).cpu().numpy()
         order = list(self.task.order)
         return found[:, order] if kind == "sums" else found[:, order][:, :, order]
@@ -196,10 +197,14 @@ def _exact_sum(values: NDArray[np.float64]) -> tuple[float, float]:
     return total, math.fsum([*values.tolist(), -total])
 
 
+def _is_current(store: ArrayGroup) -> bool:
+    return store.complete and store.record.get("format") == DELTA_FORMAT
+
+
 def _missing_tables(job: Job, store: ArrayGroup) -> dict[str, tuple[str, ...]]:
     """Per tensor the tables that are not there whole."""
-    known = set(store.record.get("arrays", [])) if store.complete else set()
-    damaged = {key.rpartition("/")[0] for key in store.missing_chunks()} if store.complete else set()
+    known = set(store.record["arrays"]) if _is_current(store) else set()
+    damaged = {key.rpartition("/")[0] for key in store.missing_chunks()} if _is_current(store) else set()
     wanted = {}
     for tensor in job.plan.clustered:
         tables = [kind for kind in _tables_for(job, tensor) if table_array(kind, tensor.name) not in known - damaged]
@@ -216,7 +221,7 @@ def _create_tables(job: Job, store: ArrayGroup, missing: Mapping[str, Sequence[s
             for kind in kinds:
                 shape = (base.rows, len(ids), 1 if kind == "sums" else len(ids))
                 specs[table_array(kind, name)] = ArraySpec(shape, "float64", base.chunk_rows, {})
-    if store.complete:  # another run may be reading it: its tensors stay as they are
+    if _is_current(store):  # another run may be reading it: its tensors stay as they are
         store.add(specs)
     else:
         store.create(specs, {"experts": ids})
@@ -275,14 +280,15 @@ def similarity(job: Job, engine: Engine) -> tuple[StageResult, Measured]:
         unknown = [name for name in job.plan.experts if trimmed and trimming.known_trims(job, name) is None]
         searches = {name: trimming.searches(job, name) for name in unknown}
         tasks = _tasks(job, engine, store, missing, trimming.bins(job, searches))
-        known: dict[str, Any] = {"chunks": {}, "arrays": [], **(store.record if store.complete else {})}
+        known: dict[str, Any] = store.record if _is_current(store) else {"chunks": {}, "arrays": []}
         if missing:
             _create_tables(job, store, missing, ids)
         receipts = engine.run("similarity", similarity_block, tasks, [task.block.label for task in tasks]) if tasks else []
         found = {key: value for receipt in receipts for key, value in receipt.chunks.items()}
         if missing:
             arrays = sorted({*known["arrays"], *(table_array(kind, name) for name in missing for kind in missing[name])})
-            store.finish({**known["chunks"], **found}, {"experts": ids, "arrays": arrays})
+            record = {"format": DELTA_FORMAT, "experts": ids, "arrays": arrays}
+            store.finish({**known["chunks"], **found}, record)
         trimming.settle(job, searches, job.work / "counts")
     result = StageResult(sum(r.bytes_read for r in receipts), sum(size for size, _ in found.values()))
     return result, _measured(job, _scales(job, receipts))

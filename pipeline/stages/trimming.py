@@ -6,7 +6,6 @@ similarity stage counts the low 16 bits inside that range, which gives the numbe
 
 from __future__ import annotations
 
-import glob
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -117,12 +116,12 @@ def bins(job: Job, found: Mapping[str, Mapping[str, Search | float]]) -> dict[st
 
 def write_counts(folder: Path, tensor: str, start: int, counts: Mapping[int, NDArray[np.int64]]) -> None:
     """Keep the low counts of one chunk, by position of the expert, where ``read_counts`` finds them."""
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / tensor).mkdir(parents=True, exist_ok=True)
     arrays: dict[str, NDArray[Any]] = {}
     for n, found in counts.items():
         places = np.flatnonzero(found)
         arrays |= {f"places{n}": places.astype(np.uint16), f"counts{n}": found[places]}
-    with (folder / f"{tensor}.{start}.npz").open("wb") as file:
+    with (folder / tensor / f"{start}.npz").open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stubs take the arrays for its flag
 
 
@@ -130,7 +129,7 @@ def read_counts(folder: Path, tensors: Sequence[TensorPlan], n: int) -> NDArray[
     """(LOW,) the low counts of an expert over these tensors."""
     total = np.zeros(LOW, np.int64)
     for tensor in tensors:
-        for path in sorted(folder.glob(f"{glob.escape(tensor.name)}.*.npz")):
+        for path in sorted((folder / tensor.name).glob("*.npz")):
             with np.load(path, allow_pickle=False) as stored:
                 if f"places{n}" in stored:
                     total[stored[f"places{n}"]] += stored[f"counts{n}"]
