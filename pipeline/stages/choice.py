@@ -20,7 +20,7 @@ from pipeline.kernels.allocation import allocate, group_errors, knee
 from pipeline.plan import TensorPlan
 from pipeline.recipe import AUTO, ROUNDING
 from pipeline.rows import row_counts
-from pipeline.stages.labels import GRAM, ClusterTask, keeps_exact, labels_for, read_channels
+from pipeline.stages.labels import GRAM, ClusterTask, delta_squares, equal_rows, keeps_exact, labels_for, read_channels
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,16 @@ def curves_block(task: CurveTask) -> int:
     for tensor in task.cluster.tensors:
         if tensor.groups != AUTO:
             continue
-        channels = read_channels(task.cluster, tensor)
-        gram, shared = channels.tables[GRAM], tensor.base_rows
-        norms = np.diagonal(gram, axis1=1, axis2=2).sum(axis=0)
+        shared, weights = tensor.base_rows, np.array(task.weights)
+        norms = delta_squares(task.cluster, tensor).sum(axis=0)
         errors, rows = np.empty((shared, experts)), np.empty((shared, experts), np.int64)
-        for k in range(1, experts + 1):
-            labels = labels_for(task.cluster, channels, k)
-            errors[:, k - 1] = group_errors(gram, labels, norms, np.array(task.weights))
-            keep = np.broadcast_to(keeps_exact(task.cluster, k), (shared,))
-            rows[:, k - 1] = row_counts(labels, channels.equal[:shared], zero=channels.zero, keep=keep)
+        for channels in read_channels(task.cluster, tensor, equal_rows(task.cluster, tensor)[:shared]):
+            span = channels.span
+            for k in range(1, experts + 1):
+                labels = labels_for(task.cluster, channels, k)
+                errors[span, k - 1] = group_errors(channels.tables[GRAM], labels, norms, weights)
+                keep = np.broadcast_to(keeps_exact(task.cluster, k), (len(labels),))
+                rows[span, k - 1] = row_counts(labels, channels.equal, zero=channels.zero, keep=keep)
         if task.cluster.merge.granularity != "channel":
             errors, rows = errors.sum(axis=0, keepdims=True), rows.sum(axis=0, keepdims=True)
         with _curve_path(task.folder, tensor.name).open("wb") as file:

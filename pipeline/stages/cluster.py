@@ -45,7 +45,7 @@ def _table(task: ClusterTask, tensor: TensorPlan) -> RowTable:
         if tensor.policy == "base":
             labels[:], zero[:], keep[:] = 0, True, False
         return build_table(labels, equal_rows(task, tensor), zero=zero, keep=keep)
-    channels = read_channels(task, tensor)
+    equal, shared = equal_rows(task, tensor), tensor.base_rows
     groups: int | NDArray[np.integer[Any]]
     if tensor.groups == AUTO:
         if task.chosen is None:
@@ -53,11 +53,12 @@ def _table(task: ClusterTask, tensor: TensorPlan) -> RowTable:
         groups = np.load(chosen_path(task.chosen, tensor.name), allow_pickle=False)
     else:
         groups = tensor.groups
-    shared = tensor.base_rows
-    labels[:shared] = labels_for(task, channels, groups)
-    zero[:shared] = channels.zero
+    for channels in read_channels(task, tensor, equal[:shared]):
+        span = channels.span
+        labels[span] = labels_for(task, channels, groups if isinstance(groups, int) else groups[span])
+        zero[span] = channels.zero
     keep[:shared] = keeps_exact(task, groups)
-    return build_table(labels, channels.equal, zero=zero, keep=keep)
+    return build_table(labels, equal, zero=zero, keep=keep)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from storage.arrays import ArrayGroup
 from storage.deltas import digest_array, squares_array, table_array
 
 GRAM = "gram"
+TABLE_ENTRIES = 1 << 20
+"""Entries of one table held at once: 8 MiB of each."""
 Sums = Mapping[str, NDArray[np.float64]]
 """Table -> its sum over channels or tensors, without the axis of channels."""
 
@@ -47,15 +49,24 @@ class ClusterTask:
 
 @dataclass(frozen=True)
 class Channels:
-    """What is known of one merged tensor's rows of the base, experts in order of name."""
+    """What is known of some consecutive rows of one merged tensor, experts in order of name."""
 
     tensor: TensorPlan
+    first: int
+    """Channel of the first row."""
     tables: Mapping[str, NDArray[np.float64]]
     """(rows, N, N) or (rows, N, 1) float64; of the Gram matrices, where they are not read, the diagonal alone."""
+    whole: Sums | None
+    """The sums over what is grouped as one, when that is more than a channel."""
     equal: NDArray[np.int16]
-    """(rows, N) see ``first_equal``; over all rows of the experts."""
+    """(rows, N) see ``first_equal``."""
     zero: NDArray[np.bool_]
     """(rows, N) whether the expert's row is the base's."""
+
+    @property
+    def span(self) -> slice:
+        """Their place among the tensor's rows."""
+        return slice(self.first, self.first + len(self.zero))
 
 
 def delta_squares(task: ClusterTask, tensor: TensorPlan) -> NDArray[np.float64]:
@@ -72,36 +83,50 @@ def equal_rows(task: ClusterTask, tensor: TensorPlan) -> NDArray[np.int16]:
     return first_equal(digests, tensor.rows)
 
 
-def _tables(task: ClusterTask, tensor: TensorPlan, squares: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-    """The tables that grouping this tensor reads, in order of the experts' names."""
+def _tables(
+    task: ClusterTask, tensor: TensorPlan, squares: NDArray[np.float64], start: int, stop: int
+) -> dict[str, NDArray[np.float64]]:
+    """The tables of rows [start, stop) that grouping this tensor reads, in order of the experts' names."""
     count = len(task.experts)
-    diagonal = np.zeros((len(squares), count, count))
-    diagonal[:, range(count), range(count)] = squares
+    diagonal = np.zeros((stop - start, count, count))
+    diagonal[:, range(count), range(count)] = squares[start:stop]
     found = {GRAM: diagonal}
     if not tensor.is_clustered:
         return found
     needed = {task.clustering.table} if task.clustering.kind != "random" else set()
     places = list(task.positions)
     for kind in needed | {GRAM} if tensor.groups == AUTO else needed:
-        stored = ArrayGroup(task.table).read(table_array(kind, tensor.name), 0, tensor.base_rows)
+        stored = ArrayGroup(task.table).read(table_array(kind, tensor.name), start, stop)
         found[kind] = stored[:, places] if kind == "sums" else stored[:, places][:, :, places]
     return found
 
 
-def read_channels(task: ClusterTask, tensor: TensorPlan) -> Channels:
-    """Everything a merged tensor's grouping depends on."""
-    squares = delta_squares(task, tensor)
-    return Channels(tensor, _tables(task, tensor, squares), equal_rows(task, tensor), squares == 0)
+def _ranges(task: ClusterTask, tensor: TensorPlan) -> list[tuple[int, int]]:
+    """Rows whose tables are held at once: as many whatever the budget, so that sums over them always add up alike."""
+    step = max(1, TABLE_ENTRIES // len(task.experts) ** 2)
+    return [(start, min(start + step, tensor.base_rows)) for start in range(0, tensor.base_rows, step)]
 
 
-def sums_of(tables: Mapping[str, NDArray[np.float64]]) -> Sums:
+def _sums(task: ClusterTask, tensor: TensorPlan, squares: NDArray[np.float64]) -> Sums:
     """Every table summed over channels: granularity layer sees a matrix as one channel."""
-    return {kind: found.sum(axis=0) for kind, found in tables.items()}
+    parts = [_tables(task, tensor, squares, start, stop) for start, stop in _ranges(task, tensor)]
+    return added([{kind: found.sum(axis=0) for kind, found in part.items()} for part in parts])
+
+
+def read_channels(task: ClusterTask, tensor: TensorPlan, equal: NDArray[np.int16]) -> Iterator[Channels]:
+    """Everything a merged tensor's grouping depends on, some of the base's rows at a time."""
+    squares = delta_squares(task, tensor)
+    whole = task.whole
+    if task.merge.granularity == "layer" and tensor.is_clustered:
+        whole = _sums(task, tensor, squares)
+    for start, stop in _ranges(task, tensor):
+        tables = _tables(task, tensor, squares, start, stop)
+        yield Channels(tensor, start, tables, whole, equal[start:stop], squares[start:stop] == 0)
 
 
 def table_sums(task: ClusterTask) -> Sums:
     """The sums over the block's tensors that are to be grouped."""
-    return added([sums_of(_tables(task, t, delta_squares(task, t))) for t in task.tensors if t.is_clustered])
+    return added([_sums(task, tensor, delta_squares(task, tensor)) for tensor in task.tensors if tensor.is_clustered])
 
 
 def added(parts: Sequence[Sums]) -> Sums:
@@ -110,27 +135,24 @@ def added(parts: Sequence[Sums]) -> Sums:
 
 
 def labels_for(task: ClusterTask, channels: Channels, groups: int | NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
-    """(rows of the base, N) growth strings at the recipe's granularity, with K or a K for every channel."""
-    merge, rows, experts = task.merge, channels.tensor.base_rows, len(task.experts)
+    """(rows, N) growth strings at the recipe's granularity, with K or a K for every one of these channels."""
+    merge, rows, experts = task.merge, len(channels.zero), len(task.experts)
     if isinstance(groups, int) and groups in (1, experts):
         alone = np.arange(experts, dtype=np.uint8) if groups == experts else np.zeros(experts, np.uint8)
         return np.broadcast_to(alone, (rows, experts))
     # no expert has an empty name: these draws are no expert's mask
     key = mask_key(merge.seed, "", "" if merge.granularity == "model" else channels.tensor.name)
-    whole: Mapping[str, NDArray[np.float64]] = channels.tables
-    count = rows
+    tables, first, count = channels.tables, channels.first, rows
     if merge.granularity != "channel":
-        sums = sums_of(channels.tables) if merge.granularity == "layer" else task.whole
-        if sums is None:
-            raise AssertionError("granularity model needs the sums over the model")
-        whole, count = {kind: found[None] for kind, found in sums.items()}, 1
+        if channels.whole is None:
+            raise AssertionError(f"granularity {merge.granularity} needs the sums")
+        tables, first, count = {kind: found[None] for kind, found in channels.whole.items()}, 0, 1
         groups = groups if isinstance(groups, int) else groups[:1]
-    draws = first_words(key, count)
-    table = whole.get(task.clustering.table)
+    table = tables.get(task.clustering.table)
     if table is not None and task.clustering.table == "sums":
         table = table[..., 0]
-    found = cluster_channels(whole[GRAM], groups, task.clustering, draws, table)
-    return found if count == rows else np.repeat(found, rows, axis=0)
+    found = cluster_channels(tables[GRAM], groups, task.clustering, first_words(key, first, count), table)
+    return found if merge.granularity == "channel" else np.repeat(found, rows, axis=0)
 
 
 def keeps_exact(task: ClusterTask, groups: NDArray[np.integer[Any]] | int) -> NDArray[np.bool_] | bool:

@@ -169,7 +169,7 @@ def test_without_a_budget_the_knee_is_taken_and_explained(tmp_path: Path) -> Non
     assert note.startswith("groups: auto: no budget: ")
     for reason in ("of the full cost", "than the average one", "K=", "of the error of one model"):
         assert reason in note
-    assert f"{100 * share(outcome):.1f} % of the entries" in note
+    assert f"{100 * share(outcome):.1f} % of the merged entries" in note
     single = merged(family.recipe(**{"merge.groups": 1}))
     assert f"{100 * lost(family, outcome) / lost(family, single):.1f} % of the error" in note
     assert 0.25 < share(outcome) < 1

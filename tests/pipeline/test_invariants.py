@@ -16,6 +16,7 @@ from flows.run import Outcome
 from pipeline import memory
 from pipeline.job import plan_recipe
 from pipeline.recipe import load_recipe
+from pipeline.stages import labels
 from storage import layout
 from storage.artifact import Artifact
 from storage.deltas import create_expert_group
@@ -173,6 +174,8 @@ def test_same_bytes_wherever_it_runs(family: Family, running: str, monkeypatch: 
         {"merge.method": "slerp", "merge.groups": 3, "merge.clustering": "random"},
         {"merge.method": "byom", "merge.groups": 1, "merge.residual": "delta"},
         {"merge.method": "average", "merge.clustering": "sign", "merge.sign": "mass", "merge.granularity": "layer"},
+        {"merge.method": "task_arithmetic", "merge.groups": "auto", "merge.budget": 0.6},
+        {"merge.method": "dare", "merge.granularity": "model", "merge.metric": "euclidean"},
     ],
     ids=lambda merge: "-".join(map(str, merge.values())),
 )
@@ -185,6 +188,7 @@ def test_every_option_gives_the_same_bytes_in_any_pieces(
         fresh(family)
         monkeypatch.setattr(layout, "CHUNK_ELEMENTS", elements)
         monkeypatch.setattr(memory, "SLICE_ELEMENTS", elements)
+        monkeypatch.setattr(labels, "TABLE_ENTRIES", 16 * workers)
         found = merged(family.recipe(**merge, cluster={"kind": "none", "memory": "16KB", "workers": workers}))
         assert found.new
         assert digests(found) == digests(expected)

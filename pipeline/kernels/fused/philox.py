@@ -43,8 +43,8 @@ def fill_words(key: NDArray[np.uint32], first: int, words: NDArray[np.uint32]) -
         words[4 * block + 3] = np.uint32(c3)
 
 
-def first_words(key: tuple[int, int], count: int) -> NDArray[np.int64]:
-    """(count,) the first word for each of the counters from 0 on."""
+def first_words(key: tuple[int, int], first: int, count: int) -> NDArray[np.int64]:
+    """(count,) the first word for each of the counters from ``first`` on."""
     words = np.empty(4 * count, np.uint32)
-    fill_words(np.array(key, np.uint32), 0, words)
+    fill_words(np.array(key, np.uint32), 4 * first, words)
     return words[::4].astype(np.int64)
