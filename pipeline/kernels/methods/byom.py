@@ -51,16 +51,16 @@ class Rows:
 
 def residue(rows: Rows, count: int, residual: str, device: str) -> tuple[NDArray[np.int32], NDArray[Any]]:
     """What one expert keeps: columns (rows, count) int32, and the raw bits that stand there in the rebuilt expert."""
-    expert = to_float(rows.own, rows.own_dtype, device)
     merged = to_float(rows.shared, rows.dtype, device)
-    delta = expert - to_float(rows.base, rows.dtype, device)
-    columns = kept_columns(expert - merged if residual == "merged" else delta, count)
+    if residual == "merged":  # what is stored, and so what is ranked, is the expert in the merged model's type
+        own = cast(rows.own, rows.own_dtype, rows.dtype)
+        places = kept_columns(to_float(own, rows.dtype, device) - merged, count).cpu().numpy()
+        return places.astype(np.int32), np.take_along_axis(own, places, axis=1)
+    delta = to_float(rows.own, rows.own_dtype, device) - to_float(rows.base, rows.dtype, device)
+    columns = kept_columns(delta, count)
     places = columns.cpu().numpy()
-    if residual == "merged":
-        bits = np.take_along_axis(cast(rows.own, rows.own_dtype, rows.dtype), places, axis=1)
-    else:
-        bits = from_float((merged + delta).gather(1, columns), rows.dtype)
-        bits[rows.exact] = np.take_along_axis(rows.shared[rows.exact], places[rows.exact], axis=1)
+    bits = from_float((merged + delta).gather(1, columns), rows.dtype)
+    bits[rows.exact] = np.take_along_axis(rows.shared[rows.exact], places[rows.exact], axis=1)
     return places.astype(np.int32), bits
 
 
