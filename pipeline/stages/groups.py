@@ -82,15 +82,15 @@ class Merging:
 
     def _pair_weights(self, part: Slice, rows: PoolRows, threads: int) -> NDArray[np.float32]:
         """(channels, experts) the weights of every channel's pair; 1 for an expert in a group of one."""
-        import torch
-
-        from pipeline.kernels import tables
-
         if self.method.pair_weights is None:
             raise AssertionError("only methods for pairs weigh them")
         if self.is_fused(part) and part.stack is not None:
             gram = fused_tables.table(tagged(part.base, part.tensor.dtype), part.stack, part.at, "gram", threads)
         else:
+            import torch
+
+            from pipeline.kernels import tables
+
             gram = tables.table(torch.stack(part.deltas(self.experts, self.device)), "gram").cpu().numpy()
         weights = np.ones((len(part), len(self.experts)), np.float32)
         channels = np.repeat(np.arange(len(part)), np.diff(rows.starts))

@@ -313,10 +313,10 @@ def test_the_command_line_knows_no_prefect() -> None:
     assert done.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_ties"])
+@pytest.mark.parametrize("method", ["average", "task_arithmetic", "ties", "dare", "dare_ties", "slerp"])
 def test_a_run_on_the_fused_path_needs_no_torch(family: Family, method: str) -> None:
     """Importing it takes longer than many a merge."""
-    recipe = family.recipe(**{"merge.method": method, "merge.trim_scope": "row"})
+    recipe = family.recipe(**{"merge.method": method, "merge.trim_scope": "row", "merge.groups": 3})
     program = (
         "import sys\nfrom pathlib import Path\nfrom flows.run import read_recipe, run_recipe\n"
         "from pipeline.engine import Silent\n"

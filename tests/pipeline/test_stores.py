@@ -10,15 +10,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.kernels.sizes import LOW
+from pipeline.kernels.sizes import BINS, LOW
 from pipeline.plan import TensorPlan
 from pipeline.stages.trimming import read_counts, write_counts
 from serving.lookup import export
+from storage import deltas
 from storage.artifact import Artifact
 from storage.errors import ArtifactError, PlanError
 from storage.layout import DELTA_FORMAT, RESIDUE_FILE
 from tests.support.running import merged
 from tests.support.tiny_experts import NAMES, Family
+
+
+def test_kernels_count_into_as_many_bins_as_the_store_has() -> None:
+    """The layers do not import each other."""
+    assert deltas.BINS == BINS
 
 
 def test_stores_of_another_format_are_made_anew(family: Family) -> None:

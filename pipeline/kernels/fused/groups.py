@@ -17,6 +17,14 @@ ZERO, ONE = np.float32(0), np.float32(1)
 
 
 @merged_in
+def elected(up: Any, down: Any, weight_up: Any, weight_down: Any, mean: bool) -> Any:
+    """Of one entry the larger mass with its sign, + where both are equal; divided by the weights behind it if asked."""
+    positive = up >= -down
+    mass, weight = (up if positive else down), (weight_up if positive else weight_down)
+    return mass / (weight if mean and weight > 0 else ONE)
+
+
+@merged_in
 def add_whole(base: Any, rows: Any, weights: Any, factor: Any, out: Any) -> bool:
     """Write base + factor * sum(w d), rounded once, into ``out``; whether any value is not finite."""
     overflow = False
@@ -59,9 +67,7 @@ def elect_trimmed(base: Any, rows: Any, weights: Any, thresholds: Any, mean: boo
             down += value if value < 0 else ZERO
             weight_up += weights[m] if value > 0 else ZERO
             weight_down += weights[m] if value < 0 else ZERO
-        positive = up >= -down
-        mass, weight = (up if positive else down), (weight_up if positive else weight_down)
-        result = narrow(origin + mass / (weight if mean and weight > 0 else ONE) * factor, base[j])
+        result = narrow(origin + elected(up, down, weight_up, weight_down, mean) * factor, base[j])
         out[j] = result
         overflow |= infinite(result)
     return overflow
@@ -83,9 +89,7 @@ def elect_masked(
             down += value if value < 0 else ZERO
             weight_up += weights[m] if value > 0 else ZERO
             weight_down += weights[m] if value < 0 else ZERO
-        positive = up >= -down
-        mass, weight = (up if positive else down), (weight_up if positive else weight_down)
-        result = narrow(origin + mass / (weight if mean and weight > 0 else ONE) * factor, base[j])
+        result = narrow(origin + elected(up, down, weight_up, weight_down, mean) * factor, base[j])
         out[j] = result
         overflow |= infinite(result)
     return overflow

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pipeline.kernels.compiled import compiled, merged_in, over_rows, unowned
 from pipeline.kernels.forms import COMBINED, COPY_BASE, ELECT, MASK, TRIM, Combining, PoolRows, Pruning
 from pipeline.kernels.fused.floats import infinite, narrow, plus, widen
-from pipeline.kernels.fused.groups import add_masked, add_whole, distance, elect_masked, elect_trimmed
+from pipeline.kernels.fused.groups import add_masked, add_whole, distance, elect_masked, elect_trimmed, elected
 from pipeline.kernels.fused.philox import fill_words
 
 SMALL = 4
@@ -52,13 +52,17 @@ def _weigh(delta: Any, weight: Any, up: Any, down: Any, weight_up: Any, weight_d
 
 @merged_in
 def _elect(up: Any, down: Any, weight_up: Any, weight_down: Any, mean: bool) -> None:
-    """The larger mass with its sign into ``up``, divided by its weights if asked."""
+    """What is elected into ``up``."""
     for j in range(len(up)):
-        positive = up[j] >= -down[j]
-        mass = up[j] if positive else down[j]
-        weight = weight_up[j] if positive else weight_down[j]
-        weight = weight if mean and weight > 0 else np.float32(1)
-        up[j] = mass / weight
+        up[j] = elected(up[j], down[j], weight_up[j], weight_down[j], mean)
+
+
+@merged_in
+def _count_infinite(row: Any) -> int:
+    count = 0
+    for j in range(len(row)):
+        count += infinite(row[j])
+    return count
 
 
 @merged_in
@@ -69,11 +73,7 @@ def _write(base: Any, total: Any, factor: Any, out: Any) -> int:
         value = narrow(widen(base[j]) + total[j] * factor, base[j])
         out[j] = value
         overflow |= infinite(value)
-    bad = 0
-    if overflow:  # counting in the loop above would cost it its vectors
-        for j in range(len(base)):
-            bad += infinite(out[j])
-    return bad
+    return _count_infinite(out) if overflow else 0  # counting in the loop above would cost it its vectors
 
 
 @merged_in
@@ -95,14 +95,6 @@ def _add_distances(base: Any, stored: Any, at: int, channel: int, left: int, who
     for expert in range(len(stored)):
         if (who >> np.uint64(expert)) & np.uint64(1):
             errors[channel, expert] += distance(base, stored[expert, at + channel, left : left + len(base)], out)
-
-
-@merged_in
-def _count_infinite(row: Any) -> int:
-    count = 0
-    for j in range(len(row)):
-        count += infinite(row[j])
-    return count
 
 
 @merged_in
