@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from storage.errors import ChannelMergingError
+from storage.errors import ChannelMergingError, PlanError
 
 app = typer.Typer(
     help="Keep N fine-tuned experts at the memory of K (Channel Merging, arXiv 2412.15283).",
@@ -58,26 +58,26 @@ def _print_table(title: str, headings: list[str], rows: list[list[str]]) -> None
 
 
 @app.command()
-def plan(recipe: RecipePath, set_: Settings = None, as_json: AsJson = False) -> None:
-    """Say what every tensor becomes, from configs and safetensors headers alone."""
+def plan(
+    recipe: RecipePath,
+    set_: Settings = None,
+    every: Annotated[bool, typer.Option("--tensors", help="A line per tensor instead of one for all layers.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what every tensor becomes and what a run would cost, from configs and safetensors headers alone."""
+    from flows import planning
     from flows.run import read_recipe
-    from pipeline.job import plan_recipe
 
-    found, _, _ = plan_recipe(read_recipe(recipe, _settings(set_)))
-    rows = [
-        [tensor.name, tensor.policy, str(tensor.groups or "-"), tensor.dtype, "x".join(map(str, tensor.shape))]
-        for tensor in found.tensors.values()
-    ]
+    found = planning.judge(read_recipe(recipe, _settings(set_)))
     if as_json:
-        keys = ("tensor", "policy", "groups", "dtype", "shape")
-        tensors = [
-            dict(zip(keys, [t.name, t.policy, t.groups, t.dtype, list(t.shape)], strict=True)) for t in found.tensors.values()
-        ]
-        _print_json({"experts": list(found.experts), "tensors": tensors, "notes": list(found.notes)})
-        return
-    _print_table(f"experts: {', '.join(found.experts)}", ["tensor", "policy", "groups", "dtype", "shape"], rows)
-    for note in found.notes:
-        typer.echo(f"note: {note}")
+        _print_json(planning.document(found))
+    else:
+        _print_table("sources", planning.SOURCE_HEADINGS, planning.source_rows(found))
+        _print_table("tensors", planning.TENSOR_HEADINGS, planning.tensor_rows(found, every=every))
+        for line in (*planning.totals(found), *(f"note: {note}" for note in found.notes)):
+            typer.echo(line)
+    if found.problems:
+        raise PlanError.listing("base and experts cannot be merged", found.problems)
 
 
 @app.command()
@@ -87,13 +87,15 @@ def run(
     output: Output = None,
     deltas: Deltas = None,
     cluster: Cluster = None,
+    allow_unrelated: Annotated[bool, typer.Option("--allow-unrelated", help="Merge experts of another base too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: ingest, cluster, merge, pack, train the router, publish."""
     from flows.progress import open_reporter
     from flows.run import read_recipe, run_recipe
 
-    resolved = read_recipe(recipe, _settings(set_), output, deltas, cluster)
+    settings = _settings(set_) | ({"allow_unrelated": True} if allow_unrelated else {})
+    resolved = read_recipe(recipe, settings, output, deltas, cluster)
     with open_reporter() as reporter:
         result = run_recipe(resolved, reporter)
     manifest = result.manifest

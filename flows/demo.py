@@ -16,6 +16,7 @@ from serving.lookup import export
 from storage.artifact import Artifact
 from storage.checkpoint import open_checkpoint
 from storage.errors import ArtifactError, ChannelMergingError
+from storage.files import open_local
 
 FAMILY = Path(__file__).resolve().parent.parent / "examples" / "tiny-mistral"
 GROUPS = (1, 2)
@@ -91,7 +92,7 @@ def run_demo(dest: Path) -> None:
         for groups, outcome in outcomes.items():
             found[f"k{groups}"] = measure(exported(Artifact(outcome.path), expert, dest / "exports"), text)
         rows[expert] = found
-    base = open_checkpoint("base", FAMILY / "base")
+    base = open_checkpoint("base", open_local("base", FAMILY / "base"))
     console.print(quality_table(rows, outcomes, sum(info.rows * info.width for info in base.tensors.values())))
     if manifest.router:
         accuracy, queries = manifest.router["accuracy"], manifest.router["queries"]

@@ -29,6 +29,8 @@ class Run:
     """A job under way and what its stages have found so far: ids and small receipts, never tensors."""
 
     job: Job
+    health: Any = None
+    health_notes: tuple[str, ...] = ()
     measured: Any = None
     grouping: Any = None
     pool: Any = None
@@ -62,6 +64,15 @@ def ingest(run: Run, engine: Engine) -> None:
 
     result = stage.ingest(run.job, engine)
     run.count("ingest", result.bytes_read, result.bytes_written)
+
+
+def health(run: Run, engine: Engine) -> None:
+    """See how far every expert is from its base, and refuse those that are none of it."""
+    from pipeline.stages import health as stage
+
+    run.health, run.health_notes = stage.health(run.job)
+    for note in run.health_notes:
+        engine.reporter.note(note)
 
 
 def similarity(run: Run, engine: Engine) -> None:
@@ -116,11 +127,20 @@ def publish(run: Run, engine: Engine) -> None:
     from pipeline.stages import publish as stage
 
     run.manifest, run.new = stage.publish(
-        run.job, run.grouping, run.measured, run.packed, run.merged, run.router, run.seconds, run.moved
+        run.job,
+        run.health,
+        run.health_notes,
+        run.grouping,
+        run.measured,
+        run.packed,
+        run.merged,
+        run.router,
+        run.seconds,
+        run.moved,
     )
 
 
-STAGES: tuple[Callable[[Run, Engine], None], ...] = (ingest, similarity, cluster, merge, pack, router, publish)
+STAGES: tuple[Callable[[Run, Engine], None], ...] = (ingest, health, similarity, cluster, merge, pack, router, publish)
 
 
 def execute(stage: Callable[[Run, Engine], None], run: Run, engine: Engine) -> None:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.plan import MergePlan, make_plan
+from pipeline.drafting import make_plan
+from pipeline.opening import Opened, open_sources
+from pipeline.plan import MergePlan, TensorPlan
 from pipeline.recipe import Recipe
+from pipeline.vocabulary import compare_vocabularies
 from storage.artifact import WORK, check_output
-from storage.checkpoint import Checkpoint, open_checkpoint
-from storage.digests import DigestCache, digest_of, sha256_file, short_id, stamp
+from storage.checkpoint import Checkpoint, check_adapter
+from storage.deltas import StoredRows, base_group
+from storage.digests import DigestCache, digest_of, short_id, stamp
 from storage.errors import ChannelMergingError, CheckpointError, OutputExistsError, PlanError, QueryDataError
-from storage.layout import ARTIFACT_FORMAT
+from storage.files import Folder, is_same
+from storage.layout import ARTIFACT_FORMAT, is_transposed
+from storage.tensors import TensorInfo
 
 COMPUTING_PACKAGES = ("numpy", "numba", "torch", "scikit-learn", "dask-ml", "mmh3")
 """Packages whose arithmetic the result depends on; their major versions are part of a job's inputs."""
@@ -25,29 +32,22 @@ RECORDED_PACKAGES = (*COMPUTING_PACKAGES, "zarr", "safetensors", "dask", "distri
 class Source:
     """A checkpoint and what identifies its content."""
 
-    folder: Path
+    folder: Folder
     id: str
     files: Mapping[str, str]
-    """sha256 of every file used, by name."""
-    stamps: Mapping[str, list[int]]
-    """Size, times and inode of every file, taken before it was hashed."""
+    """What identifies every file used, by name: its sha256 where that is known."""
+    stamps: Mapping[str, Any]
+    """What a change of a file would show in, taken before it was identified."""
+    side: Mapping[str, Path]
+    """Local copies of configuration and tokenizer; an adapter has its base's where it has none of its own."""
     parameters: int
 
 
 def check_unchanged(label: str, source: Source) -> None:
-    """CheckpointError when a file of the source is no longer what was hashed: its rows must not go by its id."""
-    known = source.files
-    changed = [name for name, seen in source.stamps.items() if not _is_same(source.folder / name, seen, known[name])]
+    """CheckpointError when a file of the source is no longer what was identified: its rows must not go by its id."""
+    changed = source.folder.changed(source.stamps, source.files)
     if changed:
-        raise CheckpointError(f"{label}: {source.folder}: {', '.join(changed)} changed while the run read it. Run again.")
-
-
-def _is_same(path: Path, seen: list[int], digest: str) -> bool:
-    """Whether a file has its old stamp or, touched without a change, its old content."""
-    try:
-        return stamp(path.resolve()) == seen or sha256_file(path) == digest
-    except OSError:
-        return False
+        raise CheckpointError(f"{label}: {source.folder.place}: {', '.join(changed)} changed while the run read it. Run again.")
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Job:
     recipe: Recipe
     plan: MergePlan
     base: Source
+    stored_base: Mapping[str, TensorInfo]
+    """The base's tensors that are copied into the delta store, where the plan reads them: array -> where they come from."""
     experts: Mapping[str, Source]
     """In order of name."""
     queries: Mapping[str, str]
@@ -71,7 +73,7 @@ class Job:
         for name, source in self.experts.items():
             check_unchanged(f"expert {name}", source)
         for name, seen in self.query_stamps.items():
-            if not _is_same(Path(self.recipe.router.queries[name]), seen, self.queries[name]):
+            if not is_same(Path(self.recipe.router.queries[name]), seen, self.queries[name]):
                 raise QueryDataError(f"router.queries.{name}: the file changed while the run read it. Run again.")
 
     @property
@@ -91,27 +93,6 @@ class Job:
     def staged(self) -> Path:
         """The folder that becomes the version."""
         return self.work / "staged"
-
-
-def _open_all(recipe: Recipe) -> tuple[Checkpoint, dict[str, Checkpoint]]:
-    """Base and experts; one error for all that cannot be opened."""
-    places = [("base", recipe.base)] + [(f"expert {name}", recipe.experts[name].source) for name in recipe.expert_names]
-    opened: list[Checkpoint] = []
-    problems: list[str] = []
-    for label, place in places:
-        try:
-            opened.append(open_checkpoint(label, Path(place)))
-        except CheckpointError as error:
-            problems += [f"{label}: {problem}" for problem in error.problems] or [str(error)]
-    if problems:
-        raise CheckpointError.listing("checkpoints cannot be read", problems)
-    return opened[0], dict(zip(recipe.expert_names, opened[1:], strict=True))
-
-
-def plan_recipe(recipe: Recipe) -> tuple[MergePlan, Checkpoint, dict[str, Checkpoint]]:
-    """The plan of a recipe from configs and headers alone."""
-    base, experts = _open_all(recipe)
-    return make_plan(recipe, base, experts), base, experts
 
 
 def package_versions() -> dict[str, str]:
@@ -139,38 +120,90 @@ def _check_places(recipe: Recipe) -> None:
         raise OutputExistsError(f"deltas {deltas} is a file, not a folder. Choose another place for the delta store.")
 
 
-def resolve(recipe: Recipe, *more_checks: Callable[[Recipe], object]) -> Job:
-    """Plan a recipe and identify its sources. Every problem that can be seen without reading weights is raised here.
+def _identified(opened: Opened, base: Source | None, checkpoint: Checkpoint) -> Source:
+    """A checkpoint's content by its digests."""
+    folder = checkpoint.folder
+    stamps = folder.stamps(checkpoint.files)
+    files = folder.identities(checkpoint.files)
+    side = folder.local(checkpoint.side_files)
+    if checkpoint.is_adapter and base is not None:
+        check_adapter(checkpoint, opened.base)
+        side = {**base.side, **side}
+    entries = sum(info.rows * info.width for info in checkpoint.tensors.values())
+    return Source(folder, folder.id or short_id(files), files, stamps, side, entries)
 
-    ``more_checks`` are the caller's own; what they raise is listed with the rest.
+
+def _with_stored_base(recipe: Recipe, plan: MergePlan, opened: Opened, base: Source) -> tuple[MergePlan, dict[str, TensorInfo]]:
+    """The plan with the base's tensors read from the delta store where they are not rows of a local file.
+
+    Every expert, the similarity pass and the merge read them: they are fetched, or transposed, once.
     """
-    errors: list[ChannelMergingError] = []
-    for check in (_check_places, *more_checks, plan_recipe):
+    names = {info.data: name for name, info in opened.base.tensors.items()}
+    group = base_group(Path(recipe.deltas), base.id).path
+    stored: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorPlan] = {}
+    for name, tensor in plan.tensors.items():
+        own = tensor.base
+        if own is not None and not (opened.base.folder.is_local and not is_transposed(own.shape, own.channel_axis)):
+            array = names[own.data]  # of a tied tensor, its partner
+            stored[array] = replace(own, name=array)
+            tensor = replace(tensor, base=replace(own, data=StoredRows(group, array)))  # noqa: PLW2901
+        tensors[name] = tensor
+    return replace(plan, tensors=tensors), stored
+
+
+def _pinned(recipe: Recipe, opened: Opened) -> Recipe:
+    """The recipe with the sources that were opened: revisions as commits."""
+    experts = {
+        name: recipe.experts[name].model_copy(update={"source": checkpoint.folder.place})
+        for name, checkpoint in opened.experts.items()
+    }
+    return recipe.model_copy(update={"base": opened.base.folder.place, "experts": experts})
+
+
+def _checked(recipe: Recipe, checks: Iterable[Callable[[Recipe], object]]) -> list[Any]:
+    """What the checks return; one error for all that they raise."""
+    found, errors = [], []
+    for check in checks:
         try:
-            check(recipe)
+            found.append(check(recipe))
         except ChannelMergingError as error:
             errors.append(error)
     if len(errors) == 1:
         raise errors[0]
     if errors:
         raise PlanError.listing("the recipe cannot be run", [p for error in errors for p in error.problems or (str(error),)])
-    plan, base, experts = plan_recipe(recipe)
-    paths = [c.folder / name for c in (base, *experts.values()) for name in c.files]
-    asked = recipe.router.queries if recipe.router.kind != "none" else {}
-    paths += map(Path, asked.values())
-    stamps = {path: stamp(path.resolve()) for path in paths}
-    known = DigestCache().sha256(paths)
-    if plan_recipe(recipe)[0] != plan:  # headers were read before the stamps were taken
+    return found
+
+
+def plan_recipe(recipe: Recipe) -> MergePlan:
+    """The plan of a recipe from configs and headers alone."""
+    return make_plan(recipe, open_sources(recipe))
+
+
+def _opened_and_planned(recipe: Recipe) -> tuple[Opened, MergePlan]:
+    opened = open_sources(recipe)
+    return opened, make_plan(recipe, opened)
+
+
+def resolve(recipe: Recipe, *more_checks: Callable[[Recipe], object]) -> Job:
+    """Plan a recipe and identify its sources. Every problem that can be seen without reading weights is raised here.
+
+    ``more_checks`` are the caller's own; what they raise is listed with the rest.
+    """
+    opened, plan = _checked(recipe, (_check_places, *more_checks, _opened_and_planned))[-1]
+    recipe = _pinned(recipe, opened)
+    base = _identified(opened, None, opened.base)
+    with ThreadPoolExecutor(len(opened.experts)) as pool:
+        found = pool.map(lambda checkpoint: _identified(opened, base, checkpoint), opened.experts.values())
+        sources = dict(zip(opened.experts, found, strict=True))
+    mutable = any(source.stamps for source in (base, *sources.values()))
+    if mutable and open_sources(recipe) != opened:  # headers were read before the stamps were taken
         raise CheckpointError("a checkpoint changed while its headers were read. Run again.")
-
-    def source(checkpoint: Checkpoint) -> Source:
-        files = {name: known[checkpoint.folder / name] for name in checkpoint.files}
-        entries = sum(info.rows * info.width for info in checkpoint.tensors.values())
-        seen = {name: stamps[checkpoint.folder / name] for name in checkpoint.files}
-        return Source(checkpoint.folder, short_id(files), files, seen, entries)
-
-    base_source = source(base)
-    sources = {name: source(checkpoint) for name, checkpoint in experts.items()}
-    queries = {name: known[Path(place)] for name, place in sorted(asked.items())}
-    seen = {name: stamps[Path(place)] for name, place in sorted(asked.items())}
-    return Job(recipe, plan, base_source, sources, queries, seen, _inputs(recipe, base_source, sources, queries))
+    asked = {name: Path(place) for name, place in sorted(recipe.router.queries.items())} if recipe.router.kind != "none" else {}
+    seen = {name: stamp(path.resolve()) for name, path in asked.items()}
+    known = DigestCache().sha256(list(asked.values()))
+    queries = {name: known[path] for name, path in asked.items()}
+    plan, stored = _with_stored_base(recipe, plan, opened, base)
+    plan = replace(plan, notes=(*plan.notes, *compare_vocabularies(plan, base.side, {n: s.side for n, s in sources.items()})))
+    return Job(recipe, plan, base, stored, sources, queries, seen, _inputs(recipe, base, sources, queries))

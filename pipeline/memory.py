@@ -39,6 +39,8 @@ class _Tensor(Protocol):
     def width(self) -> int: ...
     @property
     def chunk_rows(self) -> int: ...
+    @property
+    def slab_bytes(self) -> int: ...
 
 
 def element_bytes(experts: int) -> int:
@@ -71,8 +73,17 @@ def block_elements(budget: int, experts: int) -> int:
 
 
 def needed(tensor: _Tensor, experts: int) -> int:
-    """Bytes a task needs at least: one chunk, and one row at work."""
-    return chunk_bytes(tensor.chunk_rows * tensor.width, experts) + tensor.width * element_bytes(experts)
+    """Bytes a task needs at least: one chunk and one row at work in a merge, one chunk and a matrix to transpose in ingest."""
+    elements = tensor.chunk_rows * tensor.width
+    merging = chunk_bytes(elements, experts) + tensor.width * element_bytes(experts)
+    return max(merging, chunk_bytes(elements, 1) + tensor.slab_bytes)
+
+
+def peak(budget: int, tensor: _Tensor, experts: int) -> int:
+    """Bytes a task holds at most when it works on this tensor under a budget that is large enough."""
+    elements = tensor.chunk_rows * tensor.width
+    work = slice_rows(budget, tensor.chunk_rows, tensor.width, experts) * tensor.width
+    return max(chunk_bytes(elements, experts) + min(work, elements) * element_bytes(experts), needed(tensor, experts))
 
 
 def problems(budget: int, experts: int, tensors: Iterable[_Tensor]) -> list[str]:

@@ -18,6 +18,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 
 from storage.errors import RecipeError
+from storage.places import kind_of, local_path, scheme_of, split_revision
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 SIZE = re.compile(r"([0-9.]+)\s*([KMGT]?i?B)?", re.IGNORECASE)
@@ -77,6 +78,9 @@ class ExpertSpec(_Section):
     """One expert: its source, or a mapping with its weight in the merge."""
 
     source: str
+    """Hub id, local folder or object store's URL, of a checkpoint or of a LoRA adapter."""
+    revision: str | None = None
+    """Of a Hub id: branch, tag or commit; as ``source: id@revision``."""
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
@@ -158,9 +162,12 @@ class Recipe(_Section):
 
     name: Name
     base: str
+    """Hub id[@revision], local folder or object store's URL."""
     experts: dict[Name, Annotated[ExpertSpec, BeforeValidator(_expert)]] = Field(min_length=1, max_length=64)
     merge: MergeSection = MergeSection()
     router: RouterSection = RouterSection()
+    allow_unrelated: bool = False
+    """Whether to go on with an expert that, by its weights, is no fine-tune of the base."""
     deltas: str = "./deltas"
     output: str
     cluster: ClusterSection = ClusterSection()
@@ -235,9 +242,29 @@ def _apply(fields: dict[str, Any], path: str, value: Any) -> None:
     target[last] = value
 
 
-def _at(folder: Path, place: str) -> str:
-    """A path of the recipe as an absolute one."""
-    return str((folder / Path(place.removeprefix("file://")).expanduser()).resolve())
+def _source_at(folder: Path, place: str, revision: str | None = None) -> str:
+    """A source of the recipe as it is opened: an absolute path, a URL, or ``id@revision``."""
+    kind = kind_of(place, folder)
+    if kind == "local":
+        return str(local_path(place, folder))
+    if kind == "objects":
+        return place.rstrip("/")
+    return f"{place}@{revision}" if revision else place
+
+
+def _source_problems(where: str, place: str, revision: str | None, folder: Path) -> list[str]:
+    """What is wrong with how a source is written."""
+    kind = kind_of(place, folder)
+    if kind is None:
+        known = "a Hub id, a folder, or a URL of s3, gs or az"
+        return [f"{where}: sources are {known}; got the scheme {scheme_of(place)!r} in {place}"]
+    if kind == "objects" and "?" in place:
+        return [f"{where}: a URL is a bucket and a prefix; credentials and options come from the environment"]
+    if revision is not None and kind != "hub":
+        return [f"{where}.revision: only sources on the Hub have revisions, got {place}; leave it out"]
+    if revision is not None and split_revision(place)[1] is not None:
+        return [f"{where}.revision: {place} names a revision already; keep one"]
+    return []
 
 
 def _asked_groups(merge: MergeSection) -> list[tuple[str, int | Literal["auto"]]]:
@@ -283,13 +310,15 @@ def _method_problems(merge: MergeSection, experts: Mapping[str, ExpertSpec]) -> 
     return problems
 
 
-def _cross_check(recipe: Recipe) -> list[str]:
+def _cross_check(recipe: Recipe, folder: Path) -> list[str]:
     names, count = recipe.experts, len(recipe.experts)
     problems = _group_problems(recipe.merge, count) + _method_problems(recipe.merge, names)
-    sources = [(f"experts.{name}", spec.source) for name, spec in sorted(names.items())]
-    for where, place in [("base", recipe.base), *sources, ("deltas", recipe.deltas), ("output", recipe.output)]:
-        if "://" in place and not place.startswith("file://"):
-            problems.append(f"{where}: only local directories can be used, got {place}; download it and give its folder")
+    problems += _source_problems("base", recipe.base, None, folder)
+    for name, spec in sorted(names.items()):
+        problems += _source_problems(f"experts.{name}", spec.source, spec.revision, folder)
+    for where, place in [("deltas", recipe.deltas), ("output", recipe.output)]:
+        if scheme_of(place) not in ("", "file"):
+            problems.append(f"{where}: only local folders can be written to, got {place}; give a folder")
     if recipe.router.kind != "none":
         if count < 2:
             problems.append("router.kind: a router needs at least two experts to choose from; set it to none")
@@ -328,7 +357,7 @@ def _repaired(fields: dict[str, Any], errors: Sequence[Any]) -> Recipe | None:
         return None
 
 
-def _validated(headline: str, fields: dict[str, Any]) -> Recipe:
+def _validated(headline: str, fields: dict[str, Any], folder: Path) -> Recipe:
     problems: dict[str, None] = {}
     try:
         recipe: Recipe | None = Recipe.model_validate(fields)
@@ -336,16 +365,16 @@ def _validated(headline: str, fields: dict[str, Any]) -> Recipe:
         problems = dict.fromkeys(_problem(found) for found in error.errors())
         recipe = _repaired(fields, error.errors())
     if recipe is not None:
-        problems |= dict.fromkeys(_cross_check(recipe))
+        problems |= dict.fromkeys(_cross_check(recipe, folder))
     if problems or recipe is None:
         raise RecipeError.listing(headline, problems)
     return recipe
 
 
 def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe of a YAML file, defaults filled, paths absolute. RecipeError lists every problem with its key.
+    """The recipe of a YAML file: defaults filled, paths absolute, sources as ``open_folder`` takes them.
 
-    ``overrides``: dotted key -> value, for example {"merge.groups": 3}.
+    RecipeError lists every problem with its key. ``overrides``: dotted key -> value, for example {"merge.groups": 3}.
     """
     headline = f"recipe {path}"
     try:
@@ -356,13 +385,17 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
         raise RecipeError(f"{headline}: expected a mapping with name, base, experts and output")
     for key, value in (overrides or {}).items():
         _apply(fields, key, value)
-    recipe = _validated(headline, fields)
     folder = path.resolve().parent
-    places = {key: _at(folder, getattr(recipe, key)) for key in ("base", "deltas", "output")}
-    experts = {n: e.model_copy(update={"source": _at(folder, e.source)}) for n, e in recipe.experts.items()}
-    queries = {name: _at(folder, place) for name, place in recipe.router.queries.items()}
+    recipe = _validated(headline, fields, folder)
+    places = {key: str(local_path(getattr(recipe, key), folder)) for key in ("deltas", "output")}
+    experts = {
+        name: spec.model_copy(update={"source": _source_at(folder, spec.source, spec.revision), "revision": None})
+        for name, spec in recipe.experts.items()
+    }
+    queries = {name: str(local_path(place, folder)) for name, place in recipe.router.queries.items()}
     router = recipe.router.model_copy(update={"queries": queries})
-    return recipe.model_copy(update={**places, "experts": experts, "router": router})
+    base = _source_at(folder, recipe.base)
+    return recipe.model_copy(update={**places, "base": base, "experts": experts, "router": router})
 
 
 def rule_for(merge: MergeSection, tensor: str) -> Rule | None:

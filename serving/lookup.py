@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from storage.artifact import Artifact
 from storage.atomic import canonical_json, sync
 from storage.errors import OutputExistsError
-from storage.layout import RESIDUE_FILE, ROWS_FILE, SHARD_BYTES
+from storage.layout import RESIDUE_FILE, ROWS_FILE, SHARD_BYTES, is_transposed
 from storage.safetensors_file import Slot, allocate, shard_name, shards, weight_index, write_at
 
 
 def expert_shape(artifact: Artifact, tensor: str, rows: NDArray[np.int32]) -> tuple[int, ...]:
-    """The tensor's shape in this expert: a vector is one row, any other shape may have more rows than the base's."""
-    shape = artifact.manifest.tensors[tensor].shape
-    return shape if len(shape) < 2 else (len(rows), *shape[1:])
+    """The tensor's shape in this expert: where rows are the first axis, an expert may have other numbers of them."""
+    record = artifact.manifest.tensors[tensor]
+    return record.shape if len(record.shape) < 2 or record.channel_axis else (len(rows), *record.shape[1:])
 
 
 Residue = tuple[NDArray[np.int32], NDArray[Any]]
@@ -36,7 +36,10 @@ def expert_tensor(artifact: Artifact, tensor: str, rows: NDArray[np.int32], resi
     if residue is not None:
         columns, values = residue
         np.put_along_axis(bits[: len(columns)], columns.astype(np.int64), values, axis=1)
-    return bits.reshape(expert_shape(artifact, tensor, rows))
+    shape, axis = expert_shape(artifact, tensor, rows), artifact.manifest.tensors[tensor].channel_axis
+    if is_transposed(shape, axis):
+        return np.ascontiguousarray(bits.reshape(*shape[:-2], shape[-1], shape[-2]).swapaxes(-1, -2))
+    return bits.reshape(shape)
 
 
 def export(artifact: Artifact, expert: str, target: Path) -> list[Path]:
@@ -72,17 +75,18 @@ def export(artifact: Artifact, expert: str, target: Path) -> list[Path]:
 
 
 def _write_weights(artifact: Artifact, expert: str, folder: Path) -> None:
+    """The expert's tensors, by its own names for them."""
     rows, residues = artifact.expert_rows(expert), artifact.residue(expert)
-    tensors = artifact.manifest.tensors
-    slots = [Slot(name, tensors[name].dtype, expert_shape(artifact, name, rows[name])) for name in tensors if name in rows]
+    tensors, own_names = artifact.manifest.tensors, artifact.manifest.experts[expert].renamed
+    held = {own_names.get(name, name): name for name in tensors if name in rows}
+    slots = [Slot(own, tensors[name].dtype, expert_shape(artifact, name, rows[name])) for own, name in held.items()]
     dealt = shards(slots, SHARD_BYTES)
     single = len(dealt) == 1
     files = {"model.safetensors" if single else shard_name("model", i, len(dealt)): group for i, group in enumerate(dealt, 1)}
-    for name, group in files.items():
-        places = allocate(folder / name, group)
+    for file, group in files.items():
+        places = allocate(folder / file, group)
         for slot in group:
-            write_at(
-                folder / name, places[slot.name], expert_tensor(artifact, slot.name, rows[slot.name], residues.get(slot.name))
-            )
+            name = held[slot.name]
+            write_at(folder / file, places[slot.name], expert_tensor(artifact, name, rows[name], residues.get(name)))
     if not single:
         (folder / "model.safetensors.index.json").write_bytes(canonical_json(weight_index(files)))

@@ -18,11 +18,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from storage.atomic import canonical_json, sync, write_atomically
-from storage.checkpoint import TensorInfo, read_header
 from storage.digests import sha256_file
 from storage.errors import ArtifactError, OutputExistsError
+from storage.files import LocalFolder
+from storage.headers import read_header
 from storage.layout import LATEST, MANIFEST, POOL_INDEX, RESIDUE_FILE, ROWS_FILE
 from storage.manifest import Manifest, version_of
+from storage.tensors import TensorInfo
 
 WORK = ".work"
 
@@ -73,7 +75,7 @@ class Artifact:
         with self.damage_explained(POOL_INDEX):
             placed = json.loads((self.path / POOL_INDEX).read_bytes())["weight_map"]
             for name in sorted(set(placed.values())):
-                found.update(read_header(self.path / name))
+                found.update(read_header(LocalFolder(self.path).file(name)))
         return found
 
     @contextmanager
@@ -113,7 +115,7 @@ class Artifact:
         if name not in self.manifest.files:
             return {}
         with self.damage_explained(name):
-            infos = read_header(self.path / name)
+            infos = read_header(LocalFolder(self.path).file(name))
             stems = sorted({tensor.rsplit(".", 1)[0] for tensor in infos})
             found = {stem: (infos[f"{stem}.columns"], infos[f"{stem}.values"]) for stem in stems}
             return {stem: self._residue_of(stem, columns, values) for stem, (columns, values) in found.items()}

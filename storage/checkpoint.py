@@ -1,93 +1,38 @@
-"""Hugging Face checkpoints in a local folder: what is in them, and rows of their tensors as raw bits.
+"""Hugging Face checkpoints wherever they lie: what is in them, judged from configs and safetensors headers alone.
 
-Only safetensors headers are parsed here and only byte ranges are read, so no framework is imported and a tensor of
-any size costs no more memory than the rows asked for.
+Only headers are parsed and only byte ranges are read, so no framework is imported, nothing is downloaded as a whole and a
+tensor of any size costs no more memory than the rows asked for.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import struct
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
+from fnmatch import fnmatch
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from storage.adapters import ADAPTER_CONFIG, adapter_notes, adapter_tensors, check_base_copies
 from storage.errors import CheckpointError
-from storage.layout import DTYPES, as_rows, chunk_rows
+from storage.files import Folder, read_whole
+from storage.headers import read_header
+from storage.layout import DTYPES
+from storage.tensors import TensorInfo
 
-MAX_HEADER_BYTES = 100_000_000
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
+MAX_JSON_BYTES = 100_000_000
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 SIDE_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
-    "chat_template.json", "spiece.model", "sentencepiece.bpe.model",
+    "chat_template.json", "spiece.model", "sentencepiece.bpe.model", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
 """Files beside the weights that an exported expert needs to load: configuration and tokenizer."""
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies."""
-
-    name: str
-    dtype: str
-    """As in the header, for example BF16."""
-    shape: tuple[int, ...]
-    path: Path
-    offset: int
-    """First byte of the tensor in the file."""
-
-    @property
-    def rows(self) -> int:
-        return as_rows(self.shape)[0]
-
-    @property
-    def width(self) -> int:
-        return as_rows(self.shape)[1]
-
-    @property
-    def chunk_rows(self) -> int:
-        """Rows of a chunk of the delta store."""
-        return chunk_rows(self.rows, self.width)
-
-    def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Rows [start, stop) as raw bits: (stop - start, width), unsigned integers of the tensor's entry size."""
-        dtype = DTYPES[self.dtype]
-        row_bytes = self.width * dtype.size
-        wanted = (stop - start) * row_bytes
-        bits = np.empty((stop - start, self.width), dtype.bits)
-        view, done = bits.reshape(-1).view(np.uint8).data, 0
-        with self.path.open("rb", buffering=0) as file:
-            while done < wanted:
-                got = os.preadv(file.fileno(), [view[done:]], self.offset + start * row_bytes + done)
-                if got == 0:
-                    raise CheckpointError(
-                        f"{self.path}: tensor {self.name}: the file ends inside rows {start} to {stop}; it changed since "
-                        "it was planned. Run again."
-                    )
-                done += got
-        return bits
-
-
-def padded_rows(info: TensorInfo | None, start: int, stop: int, like: TensorInfo) -> tuple[NDArray[Any], str]:
-    """Rows [start, stop) as raw bits, 0 where the tensor has no such row, and their data type.
-
-    A tensor that does not exist at all is rows of 0 in the shape and type of ``like``.
-    """
-    dtype = (info or like).dtype
-    if info is not None and stop <= info.rows:
-        return info.read(start, stop), dtype
-    out = np.zeros((stop - start, like.width), DTYPES[dtype].bits)
-    if info is not None and start < info.rows:
-        rows = info.read(start, min(stop, info.rows))
-        out[: len(rows)] = rows
-    return out, dtype
+DEQUANTISE = (
+    "Use the checkpoint it was quantised from, or write one in bf16: from_pretrained(...).dequantize() and save_pretrained(...)"
+)
 
 
 @dataclass(frozen=True)
@@ -96,130 +41,190 @@ class Checkpoint:
 
     label: str
     """How errors name it: 'base' or 'expert math'."""
-    folder: Path
+    folder: Folder
     config: Mapping[str, Any]
+    """The model's; of an adapter, its base's."""
     tensors: Mapping[str, TensorInfo]
     files: tuple[str, ...]
-    """Names, relative to the folder, of all files that determine the result: weights, config, tokenizer."""
+    """Names of all files that determine the result: weights, config, tokenizer."""
+    notes: tuple[str, ...] = ()
+    is_adapter: bool = False
+    """Whether it is a LoRA adapter, which needs its base's rows and files."""
 
     @property
     def tied(self) -> bool:
         """Whether the expert's own configuration ties its LM head to its embedding."""
-        return bool(self.config.get("tie_word_embeddings", False))
+        return bool(self.config.get("tie_word_embeddings", _text_config(self.config).get("tie_word_embeddings", False)))
+
+    @property
+    def side_files(self) -> tuple[str, ...]:
+        """Those of its files that an exported expert needs beside its weights."""
+        return tuple(name for name in self.files if name in SIDE_FILES)
 
 
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(size, int) and size >= 0 for size in value)
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of a multimodal configuration."""
+    found = config.get("text_config")
+    return found if isinstance(found, dict) else {}
 
 
-def _entry_problem(name: str, entry: Any) -> str | None:
-    """What is wrong with one header entry, if anything. A type that is not known here is the plan's to refuse."""
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        return f"tensor {name}: its header entry lacks dtype, shape or data_offsets"
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _are_sizes(shape):
-        return f"tensor {name}: impossible shape {shape}"
-    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        return f"tensor {name}: impossible byte range {offsets}"
-    dtype = DTYPES.get(str(entry["dtype"]))
-    expected = int(np.prod(shape, dtype=np.int64)) * (dtype.size if dtype else 0)
-    if dtype and offsets[1] - offsets[0] != expected:
-        return f"tensor {name}: {entry['dtype']} {shape} needs {expected} bytes, the header gives {offsets[1] - offsets[0]}"
-    return None
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file. CheckpointError when the file is torn or its header is not sound."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if length < 2 or length > min(MAX_HEADER_BYTES, size - 8):
-            raise CheckpointError(
-                f"{path}: not a whole safetensors file: expected a header of 2 to {max(size - 8, 0)} bytes, got {length}. "
-                "Download or save the file again."
-            )
-        raw = file.read(length)
+def read_json(folder: Folder, name: str) -> dict[str, Any]:
+    """A JSON object of a source. CheckpointError when it is none."""
+    file = folder.file(name)
     try:
-        header = json.loads(raw)
-        if not isinstance(header, dict):
-            raise ValueError("the header is no JSON object")
-    except ValueError as error:
-        raise CheckpointError(f"{path}: its safetensors header cannot be read ({error}). Save the file again.") from None
-    header.pop("__metadata__", None)
-    problems = [problem for name, entry in header.items() if (problem := _entry_problem(name, entry))]
-    spans = sorted(tuple(entry["data_offsets"]) for entry in header.values()) if not problems else []
-    if any(left[1] > right[0] for left, right in pairwise(spans)):
-        problems.append("the bytes of two tensors overlap")
-    if spans and spans[-1][1] != size - 8 - length:
-        problems.append(f"its tensors need {spans[-1][1]} bytes of data, the file has {size - 8 - length} (is it torn?)")
-    if problems:
-        raise CheckpointError.listing(f"{path} is damaged and must be saved or downloaded again", problems)
-    return {
-        name: TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path, 8 + length + entry["data_offsets"][0])
-        for name, entry in header.items()
-    }
+        found = json.loads(read_whole(file, MAX_JSON_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file.place} is no JSON ({error}). Save or download it again.") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file.place}: expected a JSON object, got {str(found)[:40]}. Save or download it again.")
+    return found
 
 
-def _weight_files(label: str, folder: Path) -> list[str]:
-    """Names of the safetensors files of a checkpoint, from its index where it has one."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{label}: {index} cannot be read ({error!r}). Save the checkpoint again.") from None
-        bad = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-        if bad:
-            raise CheckpointError(f"{label}: {index} names files outside its folder: {bad}. Refused.")
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise CheckpointError(f"{label}: {folder} lacks shards its index names: {', '.join(missing)}. Complete the copy.")
-        return names
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
-    if names:
-        return names
-    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+def _indexed_files(folder: Folder) -> dict[str, list[str]]:
+    """File -> the tensors it holds, by the index of a checkpoint of several files."""
+    place = folder.file(INDEX).place
+    placed = read_json(folder, INDEX).get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
+        raise CheckpointError(f"{place}: expected a weight_map from tensors to files. Save or download it again.")
+    files: dict[str, list[str]] = {}
+    for tensor, name in placed.items():
+        files.setdefault(name, []).append(tensor)
+    outside = sorted(name for name in files if name.startswith(".") or "/" in name or "\\" in name or not name)
+    if outside:
+        raise CheckpointError(f"{place}: it names files outside its folder: {', '.join(map(repr, outside))}. Refused.")
+    missing = sorted(files.keys() - folder.names)
+    if missing:
+        gone = [f"{name} (with {files[name][0]} and {len(files[name]) - 1} other tensors)" for name in missing]
+        raise CheckpointError(f"{place}: it names shards that are not there: {', '.join(gone)}. Complete the copy.")
+    return files
+
+
+def _weight_files(folder: Folder) -> dict[str, list[str]]:
+    """File -> the tensors its index says it holds; nothing is said of a file without an index."""
+    names = folder.names
+    if INDEX in names:
+        return _indexed_files(folder)
+    if SINGLE in names:
+        return {SINGLE: []}
+    found = sorted(name for name in names if name.endswith(".safetensors") and name != ADAPTER)
+    if found:
+        return {name: [] for name in found}
+    place = folder.place
+    if any(name.endswith(".gguf") for name in names):
+        raise CheckpointError(f"{place} holds GGUF files, which are quantised, and no safetensors. {DEQUANTISE}.")
+    pickles = sorted(name for name in names if any(fnmatch(name, pattern) for pattern in PICKLES))
     if pickles:
         raise CheckpointError(
-            f"{label}: {folder} has no safetensors, only pickles ({', '.join(pickles)}), which are never opened. "
+            f"{place} has no safetensors, only pickles ({', '.join(pickles)}), which are never opened. "
             "Convert it: load it with transformers and save_pretrained(..., safe_serialization=True)."
         )
-    raise CheckpointError(f"{label}: {folder} has no *.safetensors file. Give the folder of a Hugging Face checkpoint.")
+    raise CheckpointError(f"{place} has no *.safetensors file. Give the folder of a Hugging Face checkpoint.")
 
 
-def open_checkpoint(label: str, folder: Path) -> Checkpoint:
-    """Read config and headers of a local checkpoint. CheckpointError lists all that is wrong with it."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{label}: there is no directory {folder}. Correct the path in the recipe.")
-    problems: list[str] = []
-    config: dict[str, Any] = {}
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except FileNotFoundError:
-        problems.append(f"{folder} has no config.json; is it a checkpoint's folder?")
-    except ValueError as error:
-        problems.append(f"{folder / 'config.json'} is no JSON ({error})")
-    if not isinstance(config, dict):
-        problems.append(f"{folder / 'config.json'}: expected a JSON object, got {str(config)[:40]}")
+def _header_of(folder: Folder, name: str) -> dict[str, TensorInfo]:
+    return read_header(folder.file(name))
+
+
+def _read_tensors(folder: Folder, files: Mapping[str, list[str]]) -> tuple[dict[str, TensorInfo], list[str]]:
+    """The tensors of some files, and what is wrong with them."""
     tensors: dict[str, TensorInfo] = {}
-    weights: list[str] = []
-    try:
-        weights = _weight_files(label, folder)
-    except CheckpointError as error:
-        problems.append(str(error).removeprefix(f"{label}: "))
-    for name in weights:
+    problems: list[str] = []
+    holders: dict[str, str] = {}
+    with ThreadPoolExecutor(min(8, len(files))) as pool:  # each may be a request
+        headers = {name: pool.submit(_header_of, folder, name) for name in files}
+    for name, header in headers.items():
         try:
-            found = read_header(folder / name)
+            found = header.result()
         except CheckpointError as error:
-            problems.extend([str(error)])
+            problems.append(str(error))
             continue
         twice = sorted(found.keys() & tensors.keys())
-        if twice:
-            problems.append(f"tensors stored in two shards: {', '.join(twice)}")
+        problems += [f"tensor {tensor}: it is stored in two files, {holders[tensor]} and {name}; keep one" for tensor in twice]
+        lost = sorted(set(files[name]) - found.keys())
+        problems += [
+            f"{name}: tensor {tensor}: the index says it is there, and it is not; complete the copy" for tensor in lost
+        ]
         tensors.update(found)
+        holders |= dict.fromkeys(found, name)
+    return tensors, problems
+
+
+def _quantised(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> tuple[str | None, str | None]:
+    """Whether weights are quantised: (problem, note).
+
+    Merged models often keep the configuration of the quantised base they were trained on, with weights that are not
+    quantised: what their types are decides.
+    """
+    told = config.get("quantization_config") or config.get("compression_config")
+    packed = sorted(n for n, info in tensors.items() if info.dtype not in DTYPES or not DTYPES[info.dtype].mergeable)
+    by_name = sorted(name for name in tensors if name.endswith((".qweight", ".quant_state.bitsandbytes__nf4", ".SCB")))
+    if told is None and not by_name:
+        return None, None
+    method = told.get("quant_method", told.get("quant_algo", "unknown")) if isinstance(told, dict) else "unknown"
+    if by_name or packed:
+        first = (by_name or packed)[0]
+        what = f"quantization_config of method {method!r}" if told else "names of a quantised model"
+        return (
+            f"its weights are quantised ({what}, tensor {first} is {tensors[first].dtype}) and cannot be merged. {DEQUANTISE}",
+            None,
+        )
+    return None, f"config.json names a quantisation ({method}), but no weight is quantised; it is taken as it is"
+
+
+def open_checkpoint(label: str, folder: Folder, base: Checkpoint | None = None) -> Checkpoint:
+    """Read config and headers of a checkpoint, or of a LoRA adapter of ``base``. CheckpointError lists all that is wrong."""
+    names = folder.names
+    if ADAPTER_CONFIG in names and not {SINGLE, INDEX} & names:
+        return _open_adapter(label, folder, base)
+    problems: list[str] = []
+    config: dict[str, Any] = {}
+    files: dict[str, list[str]] = {}
+    tensors: dict[str, TensorInfo] = {}
+    try:
+        if CONFIG not in names:
+            raise CheckpointError(f"{folder.place} has no {CONFIG}; is it a checkpoint's folder?")
+        config = read_json(folder, CONFIG)
+    except CheckpointError as error:
+        problems.append(str(error))
+    try:
+        files = _weight_files(folder)
+        tensors, found = _read_tensors(folder, files)
+        problems += found
+    except CheckpointError as error:
+        problems.append(str(error))
+    problem, note = _quantised(config, tensors)
+    if problem:
+        problems.append(problem)
     if problems:
         raise CheckpointError.listing(label, problems)
-    side = [name for name in SIDE_FILES if (folder / name).is_file()]
-    index = [name for name in ("model.safetensors.index.json",) if (folder / name).is_file()]
-    return Checkpoint(label, folder, config, tensors, tuple(sorted(side + index + weights)))
+    notes = [note] if note else []
+    if ADAPTER_CONFIG in names:
+        notes.append(f"{folder.place} holds a whole model and an adapter; the model is used")
+    used = {name for name in SIDE_FILES if name in names} | ({INDEX} & names) | files.keys()
+    return Checkpoint(label, folder, config, tensors, tuple(sorted(used)), tuple(f"{label}: {text}" for text in notes))
+
+
+def _open_adapter(label: str, folder: Folder, base: Checkpoint | None) -> Checkpoint:
+    if base is None:
+        raise CheckpointError(
+            f"{label}: {folder.place} is a LoRA adapter; expected a whole model. Give the model it was trained on."
+        )
+    if ADAPTER not in folder.names:
+        raise CheckpointError(
+            f"{label}: {folder.place} has {ADAPTER_CONFIG} but no {ADAPTER}; pickles (adapter_model.bin) are never opened. "
+            "Load it with peft and save it again."
+        )
+    config = read_json(folder, ADAPTER_CONFIG)
+    stored, problems = _read_tensors(folder, {ADAPTER: []})
+    if problems:
+        raise CheckpointError.listing(label, problems)
+    tensors = adapter_tensors(label, config, stored, base.tensors)
+    notes = tuple(f"{label}: {note}" for note in adapter_notes(config, base.folder.place))
+    side = {name for name in SIDE_FILES if name in folder.names} - {CONFIG}
+    files = tuple(sorted({ADAPTER, ADAPTER_CONFIG} | side))
+    return Checkpoint(label, folder, base.config, tensors, files, notes, is_adapter=True)
+
+
+def check_adapter(adapter: Checkpoint, base: Checkpoint) -> None:
+    """Compare what an adapter copied of its base with this base, which reads weights. CheckpointError when they differ."""
+    check_base_copies(adapter.label, read_header(adapter.folder.file(ADAPTER)), base.tensors)

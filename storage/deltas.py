@@ -1,15 +1,18 @@
 """The delta store: every expert's difference to the base, lossless, one Zarr group per (base, expert).
 
 ``<deltas>/<base id>/<expert id>/<tensor>`` holds ``bits(expert) - bits(base)`` as wrapping integers, exact for every
-data type down to -0.0. Where the base has no such row, its bits count as 0. ``row_digests/<tensor>`` holds a 128-bit
-digest per row, by which equal rows of different experts are found; ``row_squares/<tensor>`` |delta|^2 per row;
+data type down to -0.0. Where the base has no such row, its bits count as 0. Of LoRA adapters the delta itself is stored, as
+float32 (attribute ``encoding: float``): rounded to a model's type most of it would be lost. ``row_digests/<tensor>`` holds a
+128-bit digest per row, by which equal rows of different experts are found; ``row_squares/<tensor>`` |delta|^2 per row;
 ``magnitudes/<tensor>`` per chunk how many |delta| there are by their high 16 bits, over the rows that the base has.
+``<deltas>/<base id>/base`` holds the bits of the base's rows, where they are not at hand as rows of a local file.
 ``<deltas>/<base id>/tables/<id of the experts>/<table>/<tensor>`` holds tables of pairs of experts: gram, l1, sign, sums.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,11 @@ import xxhash
 from numpy.typing import NDArray
 
 from storage.arrays import ArrayGroup, ArraySpec
-from storage.checkpoint import TensorInfo
 from storage.digests import digest_of
 from storage.layout import DELTA_FORMAT, DTYPES
+from storage.tensors import TensorInfo, is_low_rank
 
+BASE = "base"
 ROW_DIGESTS, ROW_SQUARES, MAGNITUDES, THRESHOLDS = "row_digests", "row_squares", "magnitudes", "thresholds"
 DIGEST_BYTES = 16
 BINS = 1 << 15
@@ -31,6 +35,24 @@ BINS = 1 << 15
 def expert_group(deltas: Path, base_id: str, expert_id: str) -> ArrayGroup:
     """The delta group of one expert."""
     return ArrayGroup(deltas / base_id / expert_id)
+
+
+def base_group(deltas: Path, base_id: str) -> ArrayGroup:
+    """The base's own rows: differences to nothing."""
+    return ArrayGroup(deltas / base_id / BASE)
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """A base's rows that lie in the delta store."""
+
+    group: Path
+    tensor: str
+    """Their array: the tensor's name in the base."""
+
+    def read(self, info: TensorInfo, start: int, stop: int) -> NDArray[Any]:
+        stored = ArrayGroup(self.group).read(self.tensor, start, stop)
+        return stored.view(DTYPES[info.dtype].bits)
 
 
 def table_group(deltas: Path, base_id: str, expert_ids: Sequence[str]) -> ArrayGroup:
@@ -58,13 +80,25 @@ def table_array(table: str, tensor: str) -> str:
     return f"{table}/{tensor}"
 
 
+def group_layout(tensors: Mapping[str, TensorInfo]) -> str:
+    """Digest of how tensors lie in a group: one with other tensors, or the same cut into other rows, is another."""
+    return digest_of({name: [info.dtype, info.rows, info.width, _encoding(info)] for name, info in tensors.items()})
+
+
+def _encoding(info: TensorInfo) -> str:
+    return "float" if is_low_rank(info) else "bits"
+
+
 def create_expert_group(group: ArrayGroup, tensors: Mapping[str, TensorInfo], source: str) -> None:
     """Start the delta group of an expert with all its arrays."""
     arrays: dict[str, ArraySpec] = {}
     for name, info in tensors.items():
         rows, width, step = info.rows, info.width, info.chunk_rows
-        attributes = {"encoding": "bits", "dtype": info.dtype, "shape": list(info.shape)}
-        arrays[name] = ArraySpec((rows, width), DTYPES[info.dtype].difference.name, step, attributes)
+        attributes = {
+            "encoding": _encoding(info), "dtype": info.dtype, "shape": list(info.shape), "channel_axis": info.channel_axis
+        }  # fmt: skip
+        stored = "float32" if is_low_rank(info) else DTYPES[info.dtype].difference.name
+        arrays[name] = ArraySpec((rows, width), stored, step, attributes)
         arrays[digest_array(name)] = ArraySpec((rows, DIGEST_BYTES), "uint8", step, {"digest": "xxh3-128"})
         if DTYPES[info.dtype].mergeable:
             arrays[squares_array(name)] = ArraySpec((rows,), "float64", step, {})

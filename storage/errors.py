@@ -36,6 +36,10 @@ class CheckpointError(ChannelMergingError, ValueError):
     exit_code = 2
 
 
+class SourceError(ChannelMergingError):
+    """The place a checkpoint lies at cannot be reached, after retries."""
+
+
 class PlanError(ChannelMergingError, ValueError):
     """Base and experts do not fit together, or the work does not fit the memory budget."""
 

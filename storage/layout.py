@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-ARTIFACT_FORMAT = 2
-DELTA_FORMAT = 3
+ARTIFACT_FORMAT = 3
+DELTA_FORMAT = 4
 
 CHUNK_ELEMENTS = 8 * 1024 * 1024
 """Entries of one chunk of the delta store: 16 MiB in bf16 and fp16, 32 MiB in fp32. Part of the format."""
@@ -67,13 +67,24 @@ DTYPES = {
 """The types that are read. 8-bit floats and F64 are not among them: the plan refuses such tensors by name."""
 
 
-def as_rows(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and width of a tensor: ``[O, …]`` is O rows, a vector or a scalar is one row."""
+def is_transposed(shape: tuple[int, ...], channel_axis: int) -> bool:
+    """Whether the output channels are the columns of the stored matrices: ``[I, O]`` or ``[E, I, O]``."""
+    return len(shape) > 1 and channel_axis == len(shape) - 1
+
+
+def as_rows(shape: tuple[int, ...], channel_axis: int = 0) -> tuple[int, int]:
+    """Rows and width of a tensor: all axes up to the channels' are rows, the others are width.
+
+    ``[O, I]`` is O rows; packed experts ``[E, O, I]`` with channel axis 1 are E * O; ``[I, O]`` and ``[E, I, O]`` with the
+    last as channel axis are read transposed. A vector or a scalar is one row.
+    """
     if len(shape) < 2:
         return 1, math.prod(shape)
-    return shape[0], math.prod(shape[1:])
+    if is_transposed(shape, channel_axis):
+        return math.prod(shape[:-2]) * shape[-1], shape[-2]
+    return math.prod(shape[: channel_axis + 1]), math.prod(shape[channel_axis + 1 :])
 
 
 def chunk_rows(rows: int, width: int) -> int:
     """Rows of one chunk: whole rows, about ``CHUNK_ELEMENTS`` entries, the same for every expert and data type."""
-    return max(1, min(rows, CHUNK_ELEMENTS // width))
+    return max(1, min(rows, CHUNK_ELEMENTS // max(width, 1)))

@@ -54,6 +54,17 @@ class TensorRecord(_Record):
     spans: tuple[Span, ...]
 
 
+class Health(_Record):
+    """How far an expert is from its base, before anything is merged."""
+
+    delta_ratio: float | None
+    """||expert - base|| / ||base|| over the merged tensors; about the square root of 2 for two models that are no kin."""
+    unchanged: float
+    """Share of their entries that are the base's."""
+    layers: dict[str, float | None]
+    """The same ratio, layer by layer."""
+
+
 class ExpertRecord(_Record):
     """One expert: its source, and what became of it."""
 
@@ -62,6 +73,9 @@ class ExpertRecord(_Record):
     weight: float
     files: dict[str, str]
     """sha256 of each file that was used."""
+    renamed: dict[str, str]
+    """Tensor -> its name in the expert's own checkpoint and in its export, where that is another."""
+    health: Health
     tied: dict[str, str]
     """Tensors that are copies of another by the expert's own config: they are stored, and exported, once."""
     parameters: int

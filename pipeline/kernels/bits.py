@@ -26,6 +26,12 @@ def to_float(bits: NDArray[Any], dtype: str, device: str = "cpu") -> torch.Tenso
     return torch.from_numpy(signed).to(device).view(getattr(torch, TORCH[dtype])).to(torch.float32)
 
 
+def as_numbers(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """float32 values of raw bits, of the same shape."""
+    values: NDArray[np.float32] = to_float(bits, dtype).numpy()
+    return values
+
+
 def from_float(values: torch.Tensor, dtype: str) -> NDArray[Any]:
     """Raw bits of float32 values, rounded once to nearest even."""
     import torch

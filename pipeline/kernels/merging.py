@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,17 +17,20 @@ from pipeline.kernels.methods.interface import Method
 def merge_rows(
     base: NDArray[Any], own: Sequence[NDArray[Any] | None], dtypes: Sequence[str], dtype: str, rows: PoolRows,
     method: Method, pruning: Pruning, combining: Combining, out: NDArray[Any], device: str = "cpu",
+    known: Mapping[int, torch.Tensor] | None = None,
 ) -> tuple[NDArray[np.float64], int]:  # fmt: skip
     """Write the pool rows of a slice; squared errors (channels, experts) and the number of values that are not finite.
 
     ``base``: (channels, width) raw bits of ``dtype``, the pool's type; ``own``: per expert (channels, width) raw bits of its
-    type, or None when no row uses it; ``out``: (pool rows, width). Sums run in order of experts in float32, are multiplied
-    once and rounded once (arXiv 2412.15283, Eq. 3).
+    type, or None when no row uses it; ``known``: the deltas (channels, width) float32 of those experts whose are stored as
+    such, more exact than the difference of bits; ``out``: (pool rows, width). Sums run in order of experts in float32, are
+    multiplied once and rounded once (arXiv 2412.15283, Eq. 3).
     """
     errors = np.zeros((len(base), len(own)))
     channels = np.repeat(np.arange(len(base)), np.diff(rows.starts))
     merged = rows.kinds == COMBINED
     deltas, exact, numbers = _inputs(base, own, dtypes, dtype, bool(merged.any()), device)
+    deltas |= known or {}
     pruned = {n: method.prune(delta, n, pruning) for n, delta in deltas.items()}
     for users in np.unique(rows.users):
         who = members(int(users))

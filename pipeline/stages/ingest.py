@@ -1,4 +1,7 @@
-"""Ingest: stream every expert's difference to the base into the delta store, tensor by tensor, chunk by chunk."""
+"""Ingest: stream every expert's difference to the base into the delta store, tensor by tensor, chunk by chunk.
+
+A base whose rows are not at hand in a local file is brought there first, as differences to nothing.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +18,28 @@ from numpy.typing import NDArray
 
 from pipeline import memory
 from pipeline.engine import Engine
-from pipeline.job import Job, check_unchanged
-from pipeline.kernels.bits import cast
+from pipeline.job import Job, Source, check_unchanged
+from pipeline.kernels.bits import as_numbers, cast
 from pipeline.kernels.fused.floats import tagged
 from pipeline.kernels.fused.sizes import count_infinite, measure
+from pipeline.kernels.lowrank import added, delta_rows, embedding_delta_rows
 from pipeline.kernels.sizes import BINS
 from pipeline.plan import Block, plan_blocks
 from storage.arrays import ArrayGroup, ChunkDigests
-from storage.checkpoint import TensorInfo, padded_rows
 from storage.deltas import (
+    base_group,
     create_expert_group,
     difference,
     digest_array,
     expert_group,
+    group_layout,
     magnitudes_array,
     row_digests,
     squares_array,
 )
 from storage.errors import CheckpointError
 from storage.layout import DELTA_FORMAT, DTYPES
+from storage.tensors import BaseRows, LowRank, TensorInfo, padded_rows
 
 
 @dataclass(frozen=True)
@@ -41,12 +47,14 @@ class ChunkStatistics:
     """What is learnt of one chunk while it passes."""
 
     delta_squares: float
-    """Sum of squares of the delta; 0 for types that are not numbers to merge."""
+    """Sum of squares of the delta over the rows that the base has; 0 for types that are not numbers to merge."""
     base_squares: float
     largest: float
     """Largest |delta|."""
     unchanged: int
     """Entries whose bits equal the base's."""
+    shared: int
+    """Entries that the base has too."""
     entries: int
     non_finite: int
     """NaNs and infinities in the expert."""
@@ -55,12 +63,12 @@ class ChunkStatistics:
 
 @dataclass(frozen=True)
 class IngestTask:
-    """Pieces of one expert."""
+    """Pieces of one expert, or of the base."""
 
     group: Path
     block: Block
     sources: Mapping[str, tuple[TensorInfo, TensorInfo | None]]
-    """Tensor -> the expert's rows and the base's."""
+    """Tensor -> the expert's rows and the base's; of the base itself, its rows and nothing."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,37 @@ class Chunk:
     base_dtype: str
     base_rows: int
     """Rows the base has; the rest of ``base`` is zeros."""
+    delta: NDArray[np.float32] | None
+    """(rows, width) of a LoRA adapter, which is more exact than the difference of the bits."""
+
+    @property
+    def stored(self) -> NDArray[Any]:
+        """What the delta store holds of it."""
+        return self.delta if self.delta is not None else difference(self.expert, cast(self.base, self.base_dtype, self.dtype))
+
+
+def read_chunk(info: TensorInfo, base: TensorInfo | None, start: int, stop: int) -> Chunk:
+    """Rows [start, stop) of an expert, a whole chunk, with the base's."""
+    rows, dtype = padded_rows(base, start, stop, info)
+    base_rows = max(0, min(stop, base.rows if base else 0) - start)
+    delta = None
+    if isinstance(info.data, BaseRows):
+        bits = cast(rows, dtype, info.dtype)
+    elif isinstance(info.data, LowRank):
+        delta = _low_rank_delta(info.data, start, stop)
+        bits = added(rows, dtype, delta)
+    else:
+        bits = info.read(start, stop)
+    return Chunk(bits, info.dtype, rows, dtype, base_rows, delta)
+
+
+def _low_rank_delta(data: LowRank, start: int, stop: int) -> NDArray[np.float32]:
+    """Scale * (B A), the rows of a chunk: with other rows at once a product may round otherwise."""
+    if data.transposed:  # an embedding's: rows are columns of A
+        a, b = as_numbers(data.a.read(0, data.a.rows), data.a.dtype), as_numbers(data.b.read(0, data.b.rows), data.b.dtype)
+        return embedding_delta_rows(np.ascontiguousarray(a[:, start:stop]), b, data.scale)
+    a, b = as_numbers(data.a.read(0, data.a.rows), data.a.dtype), as_numbers(data.b.read(start, stop), data.b.dtype)
+    return delta_rows(a, b, data.scale)
 
 
 def measured(chunk: Chunk, stored: NDArray[Any]) -> tuple[ChunkStatistics, NDArray[np.float64], NDArray[np.uint32]]:
@@ -109,11 +148,18 @@ def measured(chunk: Chunk, stored: NDArray[Any]) -> tuple[ChunkStatistics, NDArr
         expert, base = tagged(chunk.expert, chunk.dtype), tagged(chunk.base, chunk.base_dtype)
         bad, base_bad = count_infinite(expert), count_infinite(base)
         if not bad and not base_bad:
-            largest = measure(expert, base, chunk.base_rows, squares, base_squares, counts)
-    unchanged = stored.size - int(np.count_nonzero(stored))
+            if chunk.delta is not None:
+                measure(base, base, 0, np.zeros_like(squares), base_squares, np.zeros_like(counts))
+                delta = chunk.delta.view(np.uint32)
+                expert, base = tagged(delta, "F32"), tagged(np.zeros_like(delta), "F32")
+            ignored = base_squares if chunk.delta is None else np.zeros_like(squares)
+            largest = measure(expert, base, chunk.base_rows, squares, ignored, counts)
+    shared = stored[: chunk.base_rows]
+    unchanged = shared.size - int(np.count_nonzero(shared))
     found = ChunkStatistics(
-        float(squares.sum()), float(base_squares.sum()), largest, unchanged, chunk.expert.size, bad, base_bad
-    )
+        float(squares[: chunk.base_rows].sum()), float(base_squares.sum()), largest, unchanged, shared.size, chunk.expert.size,
+        bad, base_bad,
+    )  # fmt: skip
     return found, squares, counts.astype(np.uint32)[None]
 
 
@@ -126,10 +172,8 @@ def ingest_block(task: IngestTask) -> IngestReceipt:
     for piece in task.block.pieces:
         info, base = task.sources[piece.tensor]
         for start in range(piece.start, piece.stop, info.chunk_rows):
-            stop = min(start + info.chunk_rows, piece.stop)
-            rows, dtype = padded_rows(base, start, stop, info)
-            chunk = Chunk(info.read(start, stop), info.dtype, rows, dtype, max(0, min(stop, base.rows if base else 0) - start))
-            stored = difference(chunk.expert, cast(rows, dtype, info.dtype))
+            chunk = read_chunk(info, base, start, min(start + info.chunk_rows, piece.stop))
+            stored = chunk.stored
             found, squares, counts = measured(chunk, stored)
             statistics.append((piece.tensor, start, found))
             chunks.update(group.write(piece.tensor, start, stored))
@@ -137,23 +181,23 @@ def ingest_block(task: IngestTask) -> IngestReceipt:
             if DTYPES[info.dtype].mergeable:
                 chunks.update(group.write(squares_array(piece.tensor), start, squares))
                 chunks.update(group.write(magnitudes_array(piece.tensor), start // info.chunk_rows, counts))
-            read += 2 * chunk.expert.nbytes
+            read += chunk.expert.nbytes + (0 if base is None else chunk.base.nbytes)
     return IngestReceipt(chunks, statistics, read, sum(size for size, _ in chunks.values()))
 
 
 def combined(parts: Sequence[ChunkStatistics]) -> dict[str, float | None]:
     """Statistics of a tensor from those of its chunks, in order; None where float32 cannot hold a difference."""
-    entries = sum(part.entries for part in parts)
+    shared = sum(part.shared for part in parts)
     found = {
         "delta_norm": math.sqrt(sum(part.delta_squares for part in parts)),
         "base_norm": math.sqrt(sum(part.base_squares for part in parts)),
         "largest": max(part.largest for part in parts),
-        "unchanged_share": sum(part.unchanged for part in parts) / entries,
+        "unchanged_share": sum(part.unchanged for part in parts) / max(shared, 1),
     }
     return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
-def _non_finite(name: str, receipts: Sequence[IngestReceipt]) -> list[str]:
+def _non_finite(label: str, receipts: Sequence[IngestReceipt]) -> list[str]:
     """Problems with values that are no numbers, per tensor."""
     problems = []
     counts: dict[str, list[int]] = {}
@@ -164,14 +208,14 @@ def _non_finite(name: str, receipts: Sequence[IngestReceipt]) -> list[str]:
             found[1] += part.base_non_finite
             found[2] += part.entries
     for tensor, (bad, base_bad, entries) in counts.items():
-        for label, count in ((f"expert {name}", bad), ("base", base_bad)):
+        for whose, count in ((label, bad), ("base", base_bad)):
             if count:
-                problems.append(f"{label}: tensor {tensor}: {count} of {entries} values are NaN or infinite; expected none")
+                problems.append(f"{whose}: tensor {tensor}: {count} of {entries} values are NaN or infinite; expected none")
     return problems
 
 
-def _finish(group: ArrayGroup, receipts: Sequence[IngestReceipt]) -> None:
-    """Declare an expert ingested."""
+def _finish(group: ArrayGroup, receipts: Sequence[IngestReceipt], layout: str) -> None:
+    """Declare a source ingested."""
     parts: dict[str, list[tuple[int, ChunkStatistics]]] = {}
     chunks: ChunkDigests = {}
     for receipt in receipts:
@@ -179,28 +223,57 @@ def _finish(group: ArrayGroup, receipts: Sequence[IngestReceipt]) -> None:
         for tensor, start, part in receipt.statistics:
             parts.setdefault(tensor, []).append((start, part))
     in_order = {t: [part for _, part in sorted(found, key=lambda item: item[0])] for t, found in parts.items()}
-    group.finish(
-        chunks, {"format": DELTA_FORMAT, "statistics": {tensor: combined(found) for tensor, found in in_order.items()}}
-    )
+    statistics = {tensor: combined(found) for tensor, found in in_order.items()}
+    group.finish(chunks, {"format": DELTA_FORMAT, "layout": layout, "statistics": statistics})
 
 
-def _is_whole(group: ArrayGroup) -> bool:
-    return group.complete and group.record.get("format") == DELTA_FORMAT and not group.missing_chunks()
+@dataclass(frozen=True)
+class _Ingested:
+    """One source on its way into the store."""
+
+    label: str
+    source: Source
+    group: ArrayGroup
+    held: Mapping[str, tuple[TensorInfo, TensorInfo | None]]
+    """Array -> its rows and the base's."""
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        return {name: info for name, (info, _) in self.held.items()}
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is there, with these tensors, cut like this."""
+        group = self.group
+        if not group.complete or group.record.get("format") != DELTA_FORMAT or group.missing_chunks():
+            return False
+        return bool(group.record["layout"] == group_layout(self.infos))
 
 
-def _ingest_expert(job: Job, engine: Engine, name: str, group: ArrayGroup) -> tuple[list[IngestReceipt], list[str]]:
-    """Bring one expert into the store. Receipts, and problems with its values; with any, it stays incomplete."""
-    held = {t.name: (t.experts[name], t.base) for t in job.plan.tensors.values() if name in t.experts}
-    infos = {tensor: info for tensor, (info, _) in held.items()}
-    create_expert_group(group, infos, job.experts[name].id)
-    blocks = plan_blocks(infos.values(), memory.block_elements(job.plan.memory, 1))
-    tasks = [IngestTask(group.path, block, {p.tensor: held[p.tensor] for p in block.pieces}) for block in blocks]
-    receipts = engine.run(f"ingest {name}", ingest_block, tasks, [block.label for block in blocks])
-    problems = _non_finite(name, receipts)
+def _sources(job: Job) -> list[_Ingested]:
+    """What is to be in the store: the base where it is kept there, then the experts, each once."""
+    found = []
+    if job.stored_base:
+        held: dict[str, tuple[TensorInfo, TensorInfo | None]] = {name: (info, None) for name, info in job.stored_base.items()}
+        found.append(_Ingested("base", job.base, base_group(job.deltas, job.base.id), held))
+    names = {source.id: name for name, source in job.experts.items()}  # an expert may stand under two names
+    for identity, name in names.items():
+        held = {t.name: (t.experts[name], t.base) for t in job.plan.tensors.values() if name in t.experts}
+        found.append(_Ingested(f"expert {name}", job.experts[name], expert_group(job.deltas, job.base.id, identity), held))
+    return found
+
+
+def _bring_in(job: Job, engine: Engine, one: _Ingested) -> tuple[list[IngestReceipt], list[str]]:
+    """Bring one source into the store. Receipts, and problems with its values; with any, it stays incomplete."""
+    create_expert_group(one.group, one.infos, one.source.id)
+    blocks = plan_blocks(one.infos.values(), memory.block_elements(job.plan.memory, 1))
+    tasks = [IngestTask(one.group.path, block, {p.tensor: one.held[p.tensor] for p in block.pieces}) for block in blocks]
+    receipts = engine.run(f"ingest {one.label.removeprefix('expert ')}", ingest_block, tasks, [block.label for block in blocks])
+    problems = _non_finite(one.label, receipts)
     if not problems:
         check_unchanged("base", job.base)
-        check_unchanged(f"expert {name}", job.experts[name])
-        _finish(group, receipts)
+        check_unchanged(one.label, one.source)
+        _finish(one.group, receipts, group_layout(one.infos))
     return receipts, problems
 
 
@@ -209,24 +282,25 @@ def ingest(job: Job, engine: Engine) -> StageResult:
 
     Experts are finished one after the other, so that a failure keeps those before it.
     """
-    names = {job.experts[name].id: name for name in job.experts}  # an expert may stand under two names
+    sources = _sources(job)
     (job.deltas / job.base.id).mkdir(parents=True, exist_ok=True)
     receipts: list[IngestReceipt] = []
     problems: dict[str, None] = {}
     reused = 0
     with ExitStack() as locks:
-        for identity in sorted(names):  # one order for all runs, so that two of them cannot wait for each other
-            locks.enter_context(FileLock(job.deltas / job.base.id / f".{identity}.lock"))
-        for identity, name in names.items():
-            group = expert_group(job.deltas, job.base.id, identity)
-            if _is_whole(group):
+        for path in sorted(one.group.path for one in sources):  # one order for all runs: two of them cannot wait for each other
+            locks.enter_context(FileLock(path.with_name(f".{path.name}.lock")))
+        for one in sources:
+            if one.is_whole:
                 reused += 1
                 continue
-            found, wrong = _ingest_expert(job, engine, name, group)
+            found, wrong = _bring_in(job, engine, one)
             receipts += found
             problems |= dict.fromkeys(wrong)
+            if wrong and one.label == "base":
+                break
     if problems:
         raise CheckpointError.listing("weights that are not numbers cannot be merged; train or download them again", problems)
-    if reused == len(names):
+    if reused == len(sources):
         engine.reporter.start("ingest", 0)
     return StageResult(sum(r.bytes_read for r in receipts), sum(r.bytes_written for r in receipts), reused)

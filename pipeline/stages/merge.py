@@ -149,7 +149,8 @@ class _PoolWriter:
 
         dtypes = [part.dtype(name) for name in task.experts]
         own = part.own(task.experts)
-        return merge_rows(part.base, own, dtypes, dtype, rows, merging.method, pruning, combining, out, merging.device)
+        known = part.float_deltas(merging.device) if combined else {}
+        return merge_rows(part.base, own, dtypes, dtype, rows, merging.method, pruning, combining, out, merging.device, known)
 
     def _write_residue(self, part: Slice, n: int, rows: PoolRows, out: NDArray[Any], place: Residue) -> float:
         """Write what an expert keeps of a slice; the squared error that is left."""
@@ -158,7 +159,8 @@ class _PoolWriter:
             raise AssertionError(f"{self.tensor.name}: a merged tensor has rows of every expert")
         mine = (rows.users >> np.uint64(n) & np.uint64(1)).astype(bool)  # one row per channel, in order
         shared, own = out[rows.places[mine]], cast(bits, part.dtype(name), dtype)
-        both = Rows(bits, part.dtype(name), part.base, shared, dtype, rows.kinds[mine] != COMBINED)
+        delta = part.deltas([name], self.merging.device, [part.stored[n]])[0]
+        both = Rows(bits, part.dtype(name), delta, shared, dtype, rows.kinds[mine] != COMBINED)
         columns, values = residue(both, place.count, self.task.merge.residual, self.merging.device)
         for offset, found in ((place.columns, columns), (place.values, values)):
             write_at(place.path, offset + part.first * place.count * found.itemsize, found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from safetensors.numpy import save_file
 from pipeline.engine import Engine
 from pipeline.job import Job
 from pipeline.kernels.forms import members
+from pipeline.roles import is_vocabulary
 from pipeline.rows import RowTable
 from pipeline.stages.cluster import table_path
 from pipeline.stages.merge import Pool
 from storage.atomic import canonical_json
-from storage.checkpoint import SIDE_FILES
+from storage.checkpoint import CONFIG
 from storage.digests import sha256_file
 from storage.layout import DTYPES, POOL_INDEX, ROWS_FILE
 from storage.manifest import FileRecord, Span, TensorRecord
@@ -74,7 +76,7 @@ def _tensor_record(job: Job, name: str, table: RowTable, digests: list[str]) -> 
         policy=tensor.policy,
         shape=tensor.shape,
         dtype=tensor.dtype,
-        channel_axis=0,
+        channel_axis=tensor.channel_axis,
         groups=tensor.groups,
         rows=len(table),
         spans=spans,
@@ -88,9 +90,25 @@ def _write_experts(job: Job, tables: Mapping[str, RowTable]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         held = {t.name: t.experts[name] for t in job.plan.tensors.values() if name in t.experts}
         save_file({t: tables[t].indices(position, info.rows) for t, info in held.items()}, folder / ROWS_FILE)
-        for side in SIDE_FILES:
-            if side in source.files:
-                shutil.copyfile(source.folder / side, folder / side)
+        for side, path in source.side.items():
+            shutil.copyfile(path, folder / side)
+        if source.side.get(CONFIG) is not None and source.side[CONFIG] == job.base.side.get(CONFIG):
+            _count_tokens(folder / CONFIG, job, name)
+
+
+def _count_tokens(config: Path, job: Job, expert: str) -> None:
+    """Put the vocabulary of an adapter that brings tokens of its own into the configuration, which is its base's."""
+    grown = {
+        tensor.experts[expert].rows
+        for tensor in job.plan.tensors.values()
+        if expert in tensor.experts and is_vocabulary(tensor.name) and tensor.experts[expert].rows != tensor.base_rows
+    }
+    if len(grown) != 1:
+        return
+    fields = json.loads(config.read_bytes())
+    section = fields["text_config"] if "vocab_size" in fields.get("text_config", {}) else fields
+    section["vocab_size"] = grown.pop()
+    config.write_bytes(canonical_json(fields))
 
 
 @dataclass(frozen=True)

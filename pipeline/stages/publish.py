@@ -18,11 +18,11 @@ from pipeline.stages.similarity import Measured
 from storage.artifact import publish as publish_folder
 from storage.digests import sha256_file
 from storage.layout import ARTIFACT_FORMAT, CARD
-from storage.manifest import ExpertRecord, FileRecord, Manifest, ParameterCounts, version_of
+from storage.manifest import ExpertRecord, FileRecord, Health, Manifest, ParameterCounts, version_of
 
 
 def _expert_records(
-    job: Job, grouping: Grouping, measured: Measured, receipts: Sequence[MergeReceipt]
+    job: Job, health: Mapping[str, Health], grouping: Grouping, measured: Measured, receipts: Sequence[MergeReceipt]
 ) -> dict[str, ExpertRecord]:
     records = {}
     for position, (name, source) in enumerate(job.experts.items()):
@@ -33,6 +33,8 @@ def _expert_records(
             id=source.id,
             weight=job.recipe.experts[name].weight,
             files=dict(source.files),
+            renamed=dict(job.plan.renamed[name]),
+            health=health[name],
             tied=dict(job.plan.ties[name]),
             parameters=source.parameters,
             reconstruction_error=(error / norm) ** 0.5 if norm else None,
@@ -62,6 +64,8 @@ def _file_record(job: Job, name: str) -> FileRecord:
 
 def publish(
     job: Job,
+    health: Mapping[str, Health],
+    health_notes: Sequence[str],
     grouping: Grouping,
     measured: Measured,
     packed: Packed,
@@ -82,7 +86,7 @@ def publish(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         recipe=job.recipe.model_dump(mode="json"),
         base={"source": job.recipe.base, "id": job.base.id, "files": dict(job.base.files)},
-        experts=_expert_records(job, grouping, measured, receipts),
+        experts=_expert_records(job, health, grouping, measured, receipts),
         tensors=packed.tensors,
         files=records,
         parameters=_parameters(job, packed),
@@ -92,7 +96,7 @@ def publish(
         packages=package_versions(),
         seconds=dict(seconds),
         moved=dict(moved),
-        notes=(*job.plan.notes, *grouping.notes),
+        notes=(*job.plan.notes, *health_notes, *grouping.notes),
     )
     policies: dict[str, int] = {}
     for tensor in packed.tensors.values():

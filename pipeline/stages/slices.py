@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.kernels.bits import cast, to_float
+from pipeline.kernels.lowrank import added
 from pipeline.plan import Piece, TensorPlan
 from storage.arrays import ArrayGroup
-from storage.checkpoint import padded_rows
 from storage.deltas import restored
 from storage.errors import ClusterError
 from storage.layout import DTYPES
+from storage.tensors import is_low_rank, padded_rows
 
 if TYPE_CHECKING:  # the fused path does without, and importing it takes a second
     import torch
@@ -34,7 +35,10 @@ class Slice:
     base: NDArray[Any]
     """(rows, width) raw bits; 0 where the base has no such row."""
     stored: Sequence[NDArray[Any] | None]
-    """Per expert (rows, width) differences, 0 where it has no such row, or None when it has none of these."""
+    """Per expert (rows, width) differences, 0 where it has no such row, or None when it has none of these.
+
+    Differences of bits as integers; of a LoRA adapter its delta as float32.
+    """
     stack: NDArray[Any] | None
     """(experts, rows of the chunk, width): all of the chunk in one array, when all types are the base's."""
     at: int
@@ -56,25 +60,40 @@ class Slice:
 
     def own(self, experts: Sequence[str]) -> list[NDArray[Any] | None]:
         """Per expert (rows, width) raw bits in its own data type."""
-        dtype = self.tensor.dtype
-        return [
-            None if part is None else restored(cast(self.base, dtype, self.dtype(name)), part)
-            for name, part in zip(experts, self.stored, strict=True)
-        ]
+        return [None if part is None else self._restored(name, part) for name, part in zip(experts, self.stored, strict=True)]
 
-    def deltas(self, experts: Sequence[str], device: str) -> list[torch.Tensor]:
-        """Per expert its delta (rows, width) float32. All experts have these rows."""
+    def _restored(self, expert: str, part: NDArray[Any]) -> NDArray[Any]:
+        base = cast(self.base, self.tensor.dtype, self.dtype(expert))
+        return added(base, self.dtype(expert), part) if part.dtype.kind == "f" else restored(base, part)
+
+    def deltas(
+        self, experts: Sequence[str], device: str, stored: Sequence[NDArray[Any] | None] | None = None
+    ) -> list[torch.Tensor]:
+        """Per expert its delta (rows, width) float32; ``stored`` of these when they are not all. All have these rows."""
         reference = to_float(self.base, self.tensor.dtype, device)
-        own = self.own(experts)
-        return [
-            to_float(bits, self.dtype(name), device) - reference
-            for name, bits in zip(experts, own, strict=True)
-            if bits is not None
-        ]
+        found = []
+        for name, part in zip(experts, stored or self.stored, strict=True):
+            if part is not None and part.dtype.kind == "f":
+                found.append(_on(part, device))
+            elif part is not None:
+                found.append(to_float(self._restored(name, part), self.dtype(name), device) - reference)
+        return found
+
+    def float_deltas(self, device: str) -> dict[int, torch.Tensor]:
+        """The deltas stored as such, by the expert's position: rounded to a model's type most of one would be lost."""
+        return {n: _on(part, device) for n, part in enumerate(self.stored) if part is not None and part.dtype.kind == "f"}
+
+
+def _on(values: NDArray[Any], device: str) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
 
 def in_one_type(tensor: TensorPlan) -> bool:
-    """Whether base and experts have one data type, of numbers: what the fused path reads."""
+    """Whether base and experts have one data type, of numbers, and differ in bits: what the fused path reads."""
+    if any(is_low_rank(info) for info in tensor.experts.values()):
+        return False
     return DTYPES[tensor.dtype].mergeable and {info.dtype for info in tensor.experts.values()} == {tensor.dtype}
 
 
@@ -90,7 +109,8 @@ def read_rows(tensor: TensorPlan, experts: Sequence[str], groups: Sequence[Array
         if info is None or held <= 0:
             stored.append(None)
             continue
-        part = np.empty(shape, DTYPES[info.dtype].difference) if stack is None else stack[n]
+        kind = np.dtype(np.float32) if is_low_rank(info) else DTYPES[info.dtype].difference
+        part = np.empty(shape, kind) if stack is None else stack[n]
         part[:held] = group.read(tensor.name, start, start + held)
         part[held:] = 0
         stored.append(part)

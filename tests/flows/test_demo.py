@@ -10,8 +10,8 @@ import torch
 from flows.demo import kept, merge_family, run_demo
 from flows.quality import CONTEXT, Quality, measure
 from flows.run import Outcome
-from storage.checkpoint import open_checkpoint
 from storage.errors import ArtifactError
+from tests.support.tiny_experts import open_at
 
 EXPERTS = ("chinese", "code", "math", "prose")
 
@@ -21,8 +21,8 @@ def texts(folder: Path) -> dict[str, str]:
 
 
 def test_the_family_has_the_irregularities_of_real_ones(tiny_mistral: Path) -> None:
-    base = open_checkpoint("base", tiny_mistral / "base")
-    found = {name: open_checkpoint(name, tiny_mistral / "experts" / name) for name in EXPERTS}
+    base = open_at("base", tiny_mistral / "base")
+    found = {name: open_at(name, tiny_mistral / "experts" / name) for name in EXPERTS}
     rows = {name: checkpoint.tensors["model.embed_tokens.weight"].rows for name, checkpoint in found.items()}
     size = base.tensors["model.embed_tokens.weight"].rows
     assert rows["math"] == size + 1

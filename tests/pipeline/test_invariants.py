@@ -155,7 +155,7 @@ def test_same_bytes_wherever_it_runs(family: Family, running: str, monkeypatch: 
         fresh(family)
         monkeypatch.setattr(layout, "CHUNK_ELEMENTS", elements)
         recipe = family.recipe(**merge, cluster=cluster)
-        plan, _, _ = plan_recipe(load_recipe(recipe))
+        plan = plan_recipe(load_recipe(recipe))
         blocks[title] = len(plan.blocks(plan.tensors.values()))
         found = merged(recipe)
         assert found.new
@@ -278,7 +278,7 @@ def test_tied_tensors_are_stored_and_exported_once(family: Family, tmp_path: Pat
     assert outcome.manifest.experts["chinese"].tied == {}
     found = rebuilt(outcome, "math", tmp_path)
     assert_same_bits(found, {n: t for n, t in family.experts["math"].items() if n != "lm_head.weight"})
-    plan, _, _ = plan_recipe(load_recipe(family.recipe()))
+    plan = plan_recipe(load_recipe(family.recipe()))
     assert "expert code: lm_head.weight is tied to model.embed_tokens.weight and is stored once" in plan.notes
 
 
@@ -299,7 +299,7 @@ def test_a_head_no_expert_has_is_noted(family: Family) -> None:
         shutil.rmtree(family.folder / name)
         tied = {n: tensor for n, tensor in family.experts[name].items() if n != "lm_head.weight"}
         write_checkpoint(family.folder / name, tied, {"tie_word_embeddings": True})
-    plan, _, _ = plan_recipe(load_recipe(family.recipe()))
+    plan = plan_recipe(load_recipe(family.recipe()))
     assert "base: lm_head.weight is used by no expert and is left out" in plan.notes
     assert "lm_head.weight" not in merged(family.recipe()).manifest.tensors
 

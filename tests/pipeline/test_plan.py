@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from pipeline import memory
-from pipeline.plan import make_plan, plan_blocks
+from pipeline.drafting import make_plan
+from pipeline.opening import Opened, arrange
+from pipeline.plan import plan_blocks
 from pipeline.recipe import load_recipe
-from pipeline.roles import default_policy, natural_order, tie_partner
-from storage.checkpoint import Checkpoint, open_checkpoint
+from pipeline.roles import natural_order, roles, tie_partner
 from storage.errors import PlanError
 from storage.layout import chunk_rows
-from tests.support.tiny_experts import NAMES, Family, shapes
+from tests.support.tiny_experts import NAMES, Family, open_at, shapes
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Matrix:
     rows: int
     width: int
     chunk_rows: int
+    slab_bytes: int = 0
 
 
 @st.composite
@@ -69,7 +71,7 @@ def test_blocks_cover_every_row_once_and_share_no_chunk(tensors: list[Matrix], l
     ],
 )
 def test_default_policies(name: str, shape: tuple[int, ...], policy: str) -> None:
-    assert default_policy(name, shape) == policy
+    assert roles({name: shape}, {})[name].policy == policy
 
 
 def test_layers_sort_as_numbers() -> None:
@@ -82,13 +84,13 @@ def test_tie_partners() -> None:
     assert tie_partner("model.norm.weight", tensors) is None
 
 
-def opened(family: Family) -> tuple[Checkpoint, dict[str, Checkpoint]]:
-    experts = {name: open_checkpoint(f"expert {name}", family.expert(name)) for name in NAMES}
-    return open_checkpoint("base", family.folder / "base"), experts
+def opened(family: Family) -> Opened:
+    experts = {name: open_at(f"expert {name}", family.expert(name)) for name in NAMES}
+    return arrange(open_at("base", family.folder / "base"), experts)
 
 
 def test_every_tensor_has_a_policy_and_rows(family: Family) -> None:
-    plan = make_plan(load_recipe(family.recipe()), *opened(family))
+    plan = make_plan(load_recipe(family.recipe()), opened(family))
     assert set(plan.tensors) == set(shapes())
     embedding = plan.tensors["model.embed_tokens.weight"]
     assert (embedding.policy, embedding.groups, embedding.base_rows, embedding.rows) == ("private", 0, 20, 32)
@@ -98,7 +100,7 @@ def test_every_tensor_has_a_policy_and_rows(family: Family) -> None:
 def test_a_budget_too_small_is_refused_with_the_remedy(family: Family) -> None:
     recipe = load_recipe(family.recipe(**{"cluster.memory": "4KB"}))
     with pytest.raises(PlanError, match=r"set cluster.memory to at least 1MiB"):
-        make_plan(recipe, *opened(family))
+        make_plan(recipe, opened(family))
 
 
 @given(st.integers(1, 4000), st.integers(1, 20_000), st.integers(1, 8), st.integers(20, 33))
@@ -117,7 +119,7 @@ def test_slices_keep_to_the_budget(rows: int, width: int, experts: int, power: i
 def test_a_key_that_one_config_leaves_to_its_default_is_no_problem(family: Family) -> None:
     path = family.expert("math") / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "head_dim": 4}))
-    assert make_plan(load_recipe(family.recipe()), *opened(family)).experts == NAMES
+    assert make_plan(load_recipe(family.recipe()), opened(family)).experts == NAMES
 
 
 def test_integer_buffers_of_different_types_are_refused(family: Family) -> None:
@@ -125,16 +127,16 @@ def test_integer_buffers_of_different_types_are_refused(family: Family) -> None:
         path = min((family.folder / name).glob("*.safetensors"))
         save_file({**load_file(path), "model.buffer": torch.arange(5, dtype=dtype)}, path)
     with pytest.raises(PlanError, match=r"expert math: tensor model.buffer: expected data type I64, got I32"):
-        make_plan(load_recipe(family.recipe()), *opened(family))
+        make_plan(load_recipe(family.recipe()), opened(family))
 
 
 def test_plan_reads_headers_only(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights replaced by a hole of the same size plan the same."""
-    expected = make_plan(load_recipe(family.recipe()), *opened(family))
+    expected = make_plan(load_recipe(family.recipe()), opened(family))
     path = family.expert("math") / "model.safetensors"
     size = path.stat().st_size
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     with path.open("r+b") as file:
         file.truncate(header)
         file.truncate(size)
-    assert make_plan(load_recipe(family.recipe()), *opened(family)) == expected
+    assert make_plan(load_recipe(family.recipe()), opened(family)) == expected

@@ -64,7 +64,7 @@ def test_defaults_are_filled_and_paths_are_absolute(tmp_path: Path) -> None:
         ("cluster: {kind: local, address: 'tcp://x:1'}", "cluster: expected kind or address, got both"),
         ("router: {kind: linear}", "router.queries: no queries for expert 'a'"),
         ("router: {queries: {c: x}}", "router.queries.c: there is no expert of that name; experts: a, b"),
-        ("deltas: s3://bucket/x", "deltas: only local directories can be used, got s3://bucket/x"),
+        ("deltas: s3://bucket/x", "deltas: only local folders can be written to, got s3://bucket/x; give a folder"),
         ("merge: {method: byom}", "merge.groups: byom keeps entries beside one merged model: expected 1, got 2"),
         (
             "merge: {method: byom, groups: auto}",

@@ -238,7 +238,7 @@ def test_parameters_count_the_pool(family: Family) -> None:
 
 def test_a_rule_without_effect_is_noted(family: Family) -> None:
     rules = [{"match": "*layer.0*", "policy": "private"}, {"match": "*layers.0.*", "policy": "private"}]
-    plan, _, _ = plan_recipe(load_recipe(family.recipe(**{"merge.rules": rules})))
+    plan = plan_recipe(load_recipe(family.recipe(**{"merge.rules": rules})))
     noted = [note for note in plan.notes if "merge.rules" in note]
     assert noted == ["merge.rules.0: '*layer.0*' is the first match of no tensor and has no effect"]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from flows.run import Outcome, run_recipe
 from pipeline.engine import Silent
@@ -14,9 +16,9 @@ from storage.artifact import Artifact
 from tests.support.tiny_experts import Tensors, read_checkpoint
 
 
-def merged(recipe: Path) -> Outcome:
-    """Run a recipe file."""
-    return run_recipe(load_recipe(recipe), Silent())
+def merged(recipe: Path, overrides: Mapping[str, Any] | None = None) -> Outcome:
+    """Run a recipe file, with dotted keys set."""
+    return run_recipe(load_recipe(recipe, overrides), Silent())
 
 
 def rebuilt(outcome: Outcome, expert: str, folder: Path) -> Tensors:
@@ -26,7 +28,9 @@ def rebuilt(outcome: Outcome, expert: str, folder: Path) -> Tensors:
     return read_checkpoint(target)
 
 
-def command(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def command(
+    *arguments: str | Path, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own."""
     line = [str(Path(sys.executable).parent / "channel-merge"), *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, check=False, cwd=cwd, timeout=300)
+    return subprocess.run(line, capture_output=True, text=True, check=False, cwd=cwd, env=environment, timeout=300)

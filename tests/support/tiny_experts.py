@@ -12,6 +12,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from storage.checkpoint import Checkpoint, open_checkpoint
+from storage.files import open_local
+
 HIDDEN, INTERMEDIATE, VOCABULARY, LAYERS = 16, 24, 20, 2
 CONFIG = {
     "architectures": ["MistralForCausalLM"],
@@ -91,6 +94,11 @@ def read_checkpoint(folder: Path) -> Tensors:
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(path)
     return tensors
+
+
+def open_at(label: str, folder: Path) -> Checkpoint:
+    """A checkpoint of a local folder."""
+    return open_checkpoint(label, open_local(label, folder))
 
 
 @dataclass(frozen=True)

@@ -37,14 +37,17 @@ def without_largest(delta: torch.Tensor, expert: int, pruning: Pruning) -> torch
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one expert, the base and the merged model, (rows, width) raw bits each."""
+    """Rows of one expert and of the merged model, (rows, width) each."""
 
     own: NDArray[Any]
+    """Raw bits."""
     own_dtype: str
-    base: NDArray[Any]
+    delta: torch.Tensor
+    """float32"""
     shared: NDArray[Any]
+    """Raw bits of the merged model."""
     dtype: str
-    """Of base and merged model."""
+    """Of the merged model."""
     exact: NDArray[np.bool_]
     """(rows,) where the merged model's row is the expert's own."""
 
@@ -56,10 +59,9 @@ def residue(rows: Rows, count: int, residual: str, device: str) -> tuple[NDArray
         own = cast(rows.own, rows.own_dtype, rows.dtype)
         places = kept_columns(to_float(own, rows.dtype, device) - merged, count).cpu().numpy()
         return places.astype(np.int32), np.take_along_axis(own, places, axis=1)
-    delta = to_float(rows.own, rows.own_dtype, device) - to_float(rows.base, rows.dtype, device)
-    columns = kept_columns(delta, count)
+    columns = kept_columns(rows.delta, count)
     places = columns.cpu().numpy()
-    bits = from_float((merged + delta).gather(1, columns), rows.dtype)
+    bits = from_float((merged + rows.delta).gather(1, columns), rows.dtype)
     bits[rows.exact] = np.take_along_axis(rows.shared[rows.exact], places[rows.exact], axis=1)
     return places.astype(np.int32), bits
 

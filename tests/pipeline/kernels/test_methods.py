@@ -213,7 +213,7 @@ def test_a_residue_of_everything_is_the_expert(residual: str, device: str) -> No
     """For ``delta`` where the merged rest is the base, as it is with nothing left to merge."""
     base, own, shared = (from_float(some(seed), "BF16") for seed in (0, 1, 2))
     under = base if residual == "delta" else shared
-    rows = byom.Rows(own, "BF16", base, under, "BF16", np.zeros(5, bool))
+    rows = byom.Rows(own, "BF16", to_float(own, "BF16") - to_float(base, "BF16"), under, "BF16", np.zeros(5, bool))
     columns, values = byom.residue(rows, 11, residual, device)
     assert columns.dtype == np.int32
     assert columns.tolist() == [list(range(11))] * 5
