@@ -54,26 +54,47 @@ class Peak:
         self.grown = self.largest - self.before
 
 
-def write_family(folder: Path, rows: int, width: int, dtype: str, experts: int) -> Path:
+KINDS = ("rows", "columns", "adapters")
+"""How the matrix is stored, (out, in) or (in, out); or (out, in) with LoRA adapters as experts."""
+RANK = 64
+
+
+def write_family(folder: Path, rows: int, width: int, dtype: str, experts: int, kind: str = "rows") -> Path:
     """A base and experts of one matrix inside a block, and a recipe over them."""
     generator = torch.Generator().manual_seed(0)
+    name = "h.0.mlp.c_fc" if kind == "columns" else "model.layers.0.mlp.up_proj"
     base = torch.randn(rows, width, generator=generator) * 0.02
     names = [f"expert{i}" for i in range(experts)]
-    for name in ("base", *names):
-        weight = base if name == "base" else base + torch.randn(rows, width, generator=generator) * 0.001
-        (folder / name).mkdir()
-        (folder / name / "config.json").write_text('{"model_type": "mistral"}')
-        save_file({"model.layers.0.mlp.up_proj.weight": weight.to(getattr(torch, dtype))}, folder / name / "model.safetensors")
+    for place in ("base", *names):
+        (folder / place).mkdir()
+        if kind == "adapters" and place != "base":
+            _write_adapter(folder / place, name, rows, width, generator)
+            continue
+        weight = base if place == "base" else base + torch.randn(rows, width, generator=generator) * 0.001
+        weight = weight.to(getattr(torch, dtype))
+        tensors = {f"{name}.weight": weight}
+        if kind == "columns":  # whose bias shows what is stored
+            tensors = {f"{name}.weight": weight.T.contiguous(), f"{name}.bias": torch.zeros(rows, dtype=weight.dtype)}
+        (folder / place / "config.json").write_text('{"model_type": "mistral"}')
+        save_file(tensors, folder / place / "model.safetensors")
     recipe = {
         "name": "big",
         "merge": {"groups": min(2, experts)},
-        "base": "base",
-        "experts": {n: n for n in names},
+        "base": "./base",
+        "experts": {n: f"./{n}" for n in names},
         "output": "out",
         "cluster": {"kind": "none"},
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     return folder / "recipe.yaml"
+
+
+def _write_adapter(folder: Path, module: str, rows: int, width: int, generator: torch.Generator) -> None:
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["up_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    shapes = {"lora_A": (RANK, width), "lora_B": (rows, RANK)}
+    factors = {f"base_model.model.{module}.{k}.weight": torch.randn(s, generator=generator) * 0.01 for k, s in shapes.items()}
+    save_file(factors, folder / "adapter_model.safetensors")
 
 
 def in_own_process(stage: Callable[[Run, Engine], None], run: Run) -> tuple[int, Run]:
@@ -100,8 +121,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, int]:
     # everything is imported, and every kernel has run once, before anything is measured: a task does not need that memory
     small = folder / "small"
     small.mkdir()
-    run_recipe(load_recipe(write_family(small, 64, 64, arguments.dtype, 2)), Silent())
-    recipe = write_family(folder, arguments.rows, arguments.width, arguments.dtype, arguments.experts)
+    run_recipe(load_recipe(write_family(small, 96, 64, arguments.dtype, 2, arguments.kind)), Silent())
+    recipe = write_family(folder, arguments.rows, arguments.width, arguments.dtype, arguments.experts, arguments.kind)
     job = resolve(load_recipe(recipe, {"cluster.memory": arguments.budget, "merge.method": "dare"}))
     run, grown = Run(job), {}
     with workplace(job):
@@ -116,6 +137,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--kind", choices=KINDS, default="rows")
     parser.add_argument("--budget", default="400MiB")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -125,7 +147,7 @@ def main() -> None:
     if arguments.json:
         json.dump({"budget": budget, "grown": grown}, sys.stdout)
         return
-    size = f"{arguments.rows} x {arguments.width} {arguments.dtype}, {arguments.experts} experts"
+    size = f"{arguments.rows} x {arguments.width} {arguments.dtype}, {arguments.experts} experts, {arguments.kind}"
     print(f"{size}; budget of a task {budget / 2**20:.0f} MiB")
     for stage in ("ingest", "similarity", "merge"):
         print(f"{stage:>10}: peak grew by {grown[stage] / 2**20:6.0f} MiB, {grown[stage] / budget:.2f} of the budget")

@@ -114,6 +114,10 @@ def run(
     typer.echo(_size_line(manifest))
 
 
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
 def _size_line(manifest: Any) -> str:
     numbers = manifest.parameters
     count = len(manifest.experts)
@@ -139,10 +143,13 @@ def inspect(artifact: ArtifactPlace, as_json: AsJson = False) -> None:
         router = manifest.router
         typer.echo(f"router: {router['kind']}, {100 * router['accuracy']:.2f} % right on {router['queries']} held-out queries")
     rows = [
-        [name, f"{e.parameters:,}", "-" if e.reconstruction_error is None else f"{e.reconstruction_error:.4f}", e.source]
+        [
+            name, f"{e.parameters:,}", _number(e.health.delta_ratio), f"{100 * e.health.unchanged:.1f} %",
+            _number(e.reconstruction_error), e.source,
+        ]
         for name, e in manifest.experts.items()
-    ]
-    _print_table("experts", ["expert", "parameters", "reconstruction error", "source"], rows)
+    ]  # fmt: skip
+    _print_table("experts", ["expert", "parameters", "|δ| / |base|", "unchanged", "reconstruction error", "source"], rows)
     kinds: dict[tuple[str, str], list[int]] = {}
     for record in manifest.tensors.values():
         entry = kinds.setdefault((record.policy, str(record.groups or "-")), [0, 0])

@@ -60,8 +60,10 @@ class Outcome:
 
 def ingest(run: Run, engine: Engine) -> None:
     """Bring every expert's deltas into the store."""
+    from pipeline.stages import health as before
     from pipeline.stages import ingest as stage
 
+    before.probe(run.job)
     result = stage.ingest(run.job, engine)
     run.count("ingest", result.bytes_read, result.bytes_written)
 

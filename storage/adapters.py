@@ -7,31 +7,26 @@ adapter).merge_and_unload()`` would hold is described here tensor by tensor; not
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
+from storage.adapter_settings import ADAPTER_CONFIG, MERGE, Settings, is_in, read_settings, variant_problems
 from storage.errors import CheckpointError
 from storage.layout import DTYPES, is_transposed
 from storage.places import HUB_ID, scheme_of, split_revision
 from storage.tensors import BaseRows, LowRank, TensorInfo
 
-ADAPTER_CONFIG = "adapter_config.json"
+__all__ = ["ADAPTER_CONFIG", "PREFIX", "adapter_notes", "adapter_tensors", "check_base_copies"]
 
 PREFIX = "base_model.model."
 """What peft puts before the names of the model it wraps."""
 
-_MERGE = (
-    "Merge it into its base with peft (PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...)) and give the "
-    "merged model as the expert"
-)
 _OTHER_BASE = "Give the base that the adapter was trained on"
 _AGAIN = "Save the adapter again with peft"
 
@@ -44,27 +39,6 @@ _FOREIGN = re.compile(r"(?:^|\.)(?:lora_\w+|token_adapter|base_layer)(?:\.|$)")
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)(?:\.weight)?$")
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in)\.weight$")
 
-_REFUSED_SETTINGS = {
-    "use_dora": "DoRA also changes the length of weight vectors",
-    "layer_replication": "the expert has other layers than the base",
-    "target_parameters": "LoRA of bare parameters is not understood",
-    "trainable_token_indices": "single trained tokens are not understood",
-    "lora_bias": "biases of the factors are not understood",
-    "megatron_config": "layers of Megatron are not understood",
-    "kasa_config": "KaSA truncates the base's weights before training",
-    "use_bdlora": "block-diagonal factors are not understood",
-    "alora_invocation_tokens": "aLoRA changes some tokens of a text only",
-    "arrow_config": "Arrow mixes adapters token by token",
-}
-_UNMERGEABLE = {"alora_invocation_tokens", "arrow_config"}
-_KNOWN_SETTINGS = {
-    "use_rslora", "runtime_config", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "velora_config",
-}  # fmt: skip
-"""Settings named like those of variants that leave ``scale * (B A)`` what it is, or act through ``init_lora_weights``."""
-_PLAIN_INITS = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"}
-"""Initialisations that leave the base as it is."""
-_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
 _Problems = dict[str, list[str]]
 """For every kind of problem, a sentence with a place for examples: the examples."""
 
@@ -76,8 +50,8 @@ _TIED = (
 )
 _HALF = f"an A without B or a B without A: {{}}. The file is not whole: {_AGAIN.lower()} or download it again"
 _TWICE = f"two tensors of the adapter for the same tensor of the base: {{}}. {_AGAIN}, one adapter in a folder"
-_AMBIGUOUS = f"names that fit several tensors of the base: {{}}. {_MERGE}"
-_UNKNOWN = f"tensors that are not understood: {{}}. {_MERGE}"
+_AMBIGUOUS = f"names that fit several tensors of the base: {{}}. {MERGE}"
+_UNKNOWN = f"tensors that are not understood: {{}}. {MERGE}"
 _SHAPES = f"factors that do not fit the base: {{}}. {_OTHER_BASE}; when its vocabulary was resized, merge the adapter with peft"
 _RANKS = f"ranks that differ from {ADAPTER_CONFIG}: {{}}. Restore the {ADAPTER_CONFIG} that was saved beside these tensors"
 _DTYPES = f"factors of a data type that is not read (expected BF16, F16 or F32): {{}}. {_AGAIN} in one of these types"
@@ -91,49 +65,6 @@ _UNSAVED = (
 )
 
 
-def _whole_module(pattern: str) -> str:
-    return rf"(.*\.)?({pattern})$"
-
-
-def _compiles(pattern: str) -> str:
-    try:
-        re.compile(_whole_module(pattern))
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
-    return pattern
-
-
-_Pattern = Annotated[str, AfterValidator(_compiles)]
-_Rank = Annotated[int, Field(gt=0)]
-
-
-class _Settings(BaseModel):
-    """What ``adapter_config.json`` says about factors and whole tensors, with peft's own names."""
-
-    model_config = ConfigDict(frozen=True, strict=True)
-
-    r: _Rank | None = None
-    lora_alpha: FiniteFloat
-    use_rslora: bool = False
-    rank_pattern: dict[_Pattern, _Rank] | None = None
-    alpha_pattern: dict[_Pattern, FiniteFloat] | None = None
-    modules_to_save: list[Annotated[str, Field(min_length=1)]] | None = None
-    fan_in_fan_out: bool = False
-
-    def rank_of(self, module: str) -> int | None:
-        patterns = self.rank_pattern or {}
-        return patterns.get(_pattern_key(patterns, module), self.r)
-
-    def scale(self, module: str, rank: int) -> float:
-        patterns = self.alpha_pattern or {}
-        alpha = patterns.get(_pattern_key(patterns, module), self.lora_alpha)
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
-
-    def saves(self, name: str) -> bool:
-        """Whether a tensor is inside one of ``modules_to_save``: by peft's rule, a module whose name ends with its letters."""
-        return any(_is_in(name, entry) for entry in self.modules_to_save or ())
-
-
 @dataclass
 class _Parts:
     """The stored tensors by what they are; names without peft's own parts."""
@@ -145,16 +76,6 @@ class _Parts:
     """What modules to save were before training. Peft saves them of a resized vocabulary, and merging drops them."""
     copies: dict[str, TensorInfo] = field(default_factory=dict)
     """Of the base's tensors, beside factors."""
-
-
-def _pattern_key(patterns: Iterable[str], module: str) -> str:
-    """The pattern that a module goes by, or its own name: ``peft.utils.other.get_pattern_key``."""
-    return next((pattern for pattern in patterns if re.match(_whole_module(pattern), module)), module)
-
-
-def _is_in(name: str, entry: str) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[:length]).endswith(entry) for length in range(1, len(parts)))
 
 
 def _finder(base: Mapping[str, TensorInfo]) -> Callable[[str], list[str]]:
@@ -173,45 +94,6 @@ def _finder(base: Mapping[str, TensorInfo]) -> Callable[[str], list[str]]:
         return by_suffix.get(name, []) + shorter
 
     return find
-
-
-def _settings(config: Mapping[str, Any]) -> tuple[_Settings | None, list[str]]:
-    """What the configuration says, or what is wrong with it."""
-    try:
-        return _Settings.model_validate(dict(config)), []
-    except ValidationError as error:
-        return None, [
-            f"{ADAPTER_CONFIG}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}, got {str(problem['input'])[:40]}. "
-            "Restore the file that was saved beside these tensors"
-            for problem in error.errors()
-        ]
-
-
-def _variant_problems(config: Mapping[str, Any]) -> list[str]:
-    """Settings under which an adapter is more than ``scale * (B A)`` on the base."""
-    found = [
-        f"{setting}: {reason}. {'No weights hold that: leave the adapter out' if setting in _UNMERGEABLE else _MERGE}"
-        for setting, reason in _REFUSED_SETTINGS.items()
-        if config.get(setting)
-    ]
-    unknown = sorted(
-        setting
-        for setting, value in config.items()
-        if value and (setting.startswith("use_") or setting.endswith("_config"))
-        if setting not in _KNOWN_SETTINGS | _REFUSED_SETTINGS.keys()
-    )
-    if unknown:
-        found.append(f"variants of LoRA that are not understood: {', '.join(unknown)}. {_MERGE}")
-    start = str(config.get("init_lora_weights", True)).lower()
-    if start.startswith(_CHANGING_INITS):
-        found.append(
-            f"init_lora_weights {start} changed the base before training, so that the factors do not belong to the base's own "
-            "weights. Save the adapter with save_pretrained(..., path_initial_model_for_weight_conversion=...) where peft can "
-            "convert it (PiSSA, OLoRA, CorDA, LoRA-GA), or merge it into its base with peft and give the merged model"
-        )
-    elif start not in _PLAIN_INITS:
-        found.append(f"init_lora_weights {start} is not known; it may change the base before training. {_MERGE}")
-    return found
 
 
 def _saved_name(name: str, find: Callable[[str], list[str]]) -> str:
@@ -285,7 +167,7 @@ def _misfit(a: TensorInfo, b: TensorInfo, target: TensorInfo, embedding: bool) -
 
 
 def _low_rank(
-    module: str, embedding: bool, sides: Mapping[str, TensorInfo], target: TensorInfo, settings: _Settings, problems: _Problems
+    module: str, embedding: bool, sides: Mapping[str, TensorInfo], target: TensorInfo, settings: Settings, problems: _Problems
 ) -> TensorInfo | None:
     """The expert's tensor of one target module; None with problems noted."""
     a, b = sides["A"], sides["B"]
@@ -308,7 +190,7 @@ def _is_read(info: TensorInfo) -> bool:
 
 
 def _targets(
-    parts: _Parts, settings: _Settings, base: Mapping[str, TensorInfo], find: Callable[[str], list[str]], problems: _Problems
+    parts: _Parts, settings: Settings, base: Mapping[str, TensorInfo], find: Callable[[str], list[str]], problems: _Problems
 ) -> dict[str, TensorInfo]:
     """The expert's tensors that are the base's plus a delta, by the base's names."""
     found: dict[str, TensorInfo] = {}
@@ -344,7 +226,7 @@ def _tied_twin(name: str, parts: _Parts) -> TensorInfo | None:
 
 
 def _own(
-    parts: _Parts, settings: _Settings, base: Mapping[str, TensorInfo], find: Callable[[str], list[str]], problems: _Problems
+    parts: _Parts, settings: Settings, base: Mapping[str, TensorInfo], find: Callable[[str], list[str]], problems: _Problems
 ) -> dict[str, TensorInfo]:
     """Tensors that the adapter holds whole, by the base's names, or by their own where the base has none."""
     found: dict[str, TensorInfo] = {}
@@ -360,7 +242,7 @@ def _own(
             problems[_TWICE].append(f"{info.name} for {name}")
         found[name] = replace(info, name=name, channel_axis=base[name].channel_axis if name in base else info.channel_axis)
     for entry in settings.modules_to_save or ():
-        if any(_is_in(name, entry) for name in base) and not any(_is_in(whole, entry) for whole in parts.whole):
+        if any(is_in(name, entry) for name in base) and not any(is_in(whole, entry) for whole in parts.whole):
             problems[_UNSAVED].append(entry)
     return found
 
@@ -397,9 +279,9 @@ def adapter_tensors(
     """
     kind = config.get("peft_type")
     if str(kind).upper() != "LORA":
-        raise CheckpointError(f"{label}: {ADAPTER_CONFIG}: expected peft_type LORA, got {kind}. {_MERGE}.")
-    settings, listed = _settings(config)
-    listed += _variant_problems(config)
+        raise CheckpointError(f"{label}: {ADAPTER_CONFIG}: expected peft_type LORA, got {kind}. {MERGE}.")
+    settings, listed = read_settings(config)
+    listed += variant_problems(config)
     if settings is None:
         raise CheckpointError.listing(label, [f"{problem}." for problem in listed])
     find, problems = _finder(base), defaultdict[str, list[str]](list)

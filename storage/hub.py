@@ -1,7 +1,11 @@
-"""Checkpoints on the Hugging Face Hub: a revision pinned to its commit, files streamed by ranges. Only here is its client used.
+"""Checkpoints on the Hugging Face Hub: a revision pinned to its commit, files streamed by ranges.
 
-Tokens, cache and endpoint are the client's own (``HF_TOKEN`` or a login, ``HF_HOME``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``).
-Of these only the endpoint travels with a file; a token is looked up anew by each process for each request.
+Only here and in ``hub_errors`` is its client used. Tokens, cache and endpoint are the client's own (``HF_TOKEN`` or a login,
+``HF_HOME``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``). Of these only the endpoint travels with a file; a token is looked up anew by
+each process for each request.
+
+The Hub counts requests for files, and answers those for large ones with redirects to signed addresses on another host. A
+process asks for a file's address once for many ranges, and without a range: signed for one, it would serve no other.
 """
 
 from __future__ import annotations
@@ -12,32 +16,32 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from http import HTTPStatus
 from pathlib import Path
+from time import monotonic
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 import httpx2
-from huggingface_hub import constants, errors, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, errors, get_session, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it loads them lazily, from a table of names
     build_hf_headers,
     hf_raise_for_status,
-    http_backoff,
-    http_stream_backoff,
     tqdm,
     validate_repo_id,
 )
 
 from storage.digests import sha256_file
-from storage.errors import ChannelMergingError, CheckpointError, SourceError
+from storage.errors import CheckpointError
 from storage.files import Folder, LocalFile, LocalFolder
+from storage.hub_errors import LOST, NOT_CONNECTED, RETRIES, answer, asked_wait, is_passing, is_refusal
 
-RETRIES = 5
-"""How often a request is made again that brought nothing: 429, 5xx, no connection."""
 WAIT_S = 1.0
-"""Before the first retry; doubled for each further one, up to 8 s. A ``Retry-After`` counts instead."""
+"""Before the first retry; doubled for each further one, up to 8 s. What the server asks for counts instead."""
+KEPT_S = 600.0
+"""How long the address of a file is kept. The Hub signs them for an hour."""
 HEAD_BYTES = 128 * 1024
 """The start of a file that is fetched at once and kept: a safetensors header is read in two pieces and mostly fits."""
 HEADS = 64
@@ -47,11 +51,14 @@ FETCHED_BYTES = 20_000_000
 DOWNLOADS = 8
 """Whole files fetched at the same time."""
 
+LIBRARY = "channel-merging"
+"""As the Hub's statistics name it."""
 MAX_WAIT_S = 8.0
-RETRIED = (408, 429, 500, 502, 503, 504)
-LOST = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
+MAX_REDIRECTS = 20
 CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
+_LINKS: dict[HubFile, _Link] = {}
+"""Where this process reads files. Signed addresses are secrets: they are neither pickled nor shown."""
 _WHOLE: dict[HubFile, threading.Lock] = {}
 """Files whose server does not answer ranges, as this process found out, and who downloads each."""
 _T = TypeVar("_T")
@@ -110,19 +117,11 @@ class HubFile:
         """A whole copy in the client's cache, fetched where there is none."""
 
         def fetch() -> Path:
-            return Path(
-                hf_hub_download(
-                    self.repo,
-                    self.name,
-                    revision=self.commit,
-                    endpoint=self.endpoint,
-                    library_name="channel-merging",
-                    tqdm_class=_NO_BAR,
-                )
-            )
+            options: dict[str, Any] = {"endpoint": self.endpoint, "library_name": LIBRARY, "tqdm_class": _NO_BAR}
+            return Path(hf_hub_download(self.repo, self.name, revision=self.commit, **options))
 
         # the client repeats neither a 5xx nor a reset connection once the body was asked for
-        path = _answer(self.place, self, lambda: _persistently(fetch, statuses=RETRIED))
+        path = answer(self.place, self, lambda: _persistently(fetch))
         if (size := path.stat().st_size) != self.size:
             problem = f"expected {self.size} bytes, its copy {path} has {size}. Delete it and run again."
             raise CheckpointError(f"{self.place}: {problem}")
@@ -204,10 +203,10 @@ def open_hub(label: str, repo: str, revision: str | None) -> Folder:
     """
     subject = f"{label}: {repo}" if revision is None else f"{label}: {repo}@{revision}"
     asked = HubFolder(repo, revision or constants.DEFAULT_REVISION, _endpoint(label), ())
-    _answer(subject, asked, lambda: validate_repo_id(repo))
+    answer(subject, asked, lambda: validate_repo_id(repo))
     if constants.is_offline_mode():
-        return _answer(subject, asked, lambda: _cached_folder(asked))
-    return _answer(subject, asked, lambda: _listed_folder(asked, revision))
+        return answer(subject, asked, lambda: _cached_folder(asked))
+    return answer(subject, asked, lambda: _listed_folder(asked, revision))
 
 
 def _endpoint(label: str) -> str:
@@ -218,16 +217,10 @@ def _endpoint(label: str) -> str:
     return endpoint
 
 
-def _options(**headers: str) -> dict[str, Any]:
+def _options(to_hub: bool = True, **headers: str) -> dict[str, Any]:
     """Of each request. The token, where there is one, goes to the endpoint alone: redirects elsewhere lose it."""
-    return {
-        "headers": {**build_hf_headers(library_name="channel-merging"), "Accept-Encoding": "identity", **headers},
-        "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT,
-        "max_retries": RETRIES,
-        "base_wait_time": WAIT_S,
-        # lost connections are retried here: with them, the client's generator fails when one is lost while a body is streamed
-        "retry_on_exceptions": (),
-    }
+    own = build_hf_headers(library_name=LIBRARY, token=None if to_hub else False)
+    return {"headers": {**own, "Accept-Encoding": "identity", **headers}, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
 
 
 def _listed_folder(asked: HubFolder, revision: str | None) -> HubFolder:
@@ -237,7 +230,7 @@ def _listed_folder(asked: HubFolder, revision: str | None) -> HubFolder:
 
     def request() -> dict[str, Any]:
         url = f"{asked.endpoint}/api/models/{asked.repo}{at_revision}"
-        response = http_backoff("GET", url, params={"blobs": True}, **_options())
+        response = get_session().get(url, params={"blobs": True}, follow_redirects=True, **_options())
         hf_raise_for_status(response)
         found = response.json()
         if not isinstance(found, dict) or not isinstance(found.get("sha"), str):
@@ -271,7 +264,7 @@ def _tree(asked: HubFolder, commit: str) -> tuple[Entry, ...]:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    listing = HfApi(endpoint=asked.endpoint, library_name="channel-merging").list_repo_tree(asked.repo, revision=commit)
+    listing = HfApi(endpoint=asked.endpoint, library_name=LIBRARY).list_repo_tree(asked.repo, revision=commit)
     return tuple(
         Entry(file.path, file.lfs.size if file.lfs else file.size, file.lfs.sha256 if file.lfs else None, file.blob_id)
         for file in listing
@@ -298,22 +291,71 @@ def _head(file: HubFile) -> bytes:
 
 def _read(file: HubFile, view: memoryview, offset: int) -> None:
     """Fill the view from the network, or from a whole copy where the server does not answer ranges."""
-    if file not in _WHOLE and _answer(file.place, file, lambda: _stream(file, view, offset)):
+    if file not in _WHOLE and answer(file.place, file, lambda: _stream(file, view, offset)):
         return
     with _WHOLE.setdefault(file, threading.Lock()):
         path = file.download()
     LocalFile(path, file.size).read_into(view, offset)
 
 
+@dataclass
+class _Link:
+    """Where a file lies, as the Hub said last."""
+
+    address: str = field(default="", repr=False)
+    until: float = 0.0
+    """By the monotonic clock."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+def _address(file: HubFile, refused: str | None = None) -> str:
+    """Where to read a file: its own URL when the Hub serves it. Kept for a time, and until it is ``refused``."""
+    link = _LINKS.setdefault(file, _Link())
+    is_mine = link.lock.acquire(timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)  # else threads without network wait in a row
+    try:
+        if link.address in ("", refused) or monotonic() > link.until:
+            link.address, link.until = _resolved(file), monotonic() + KEPT_S
+        return link.address
+    finally:
+        if is_mine:
+            link.lock.release()
+
+
+def _resolved(file: HubFile) -> str:
+    """Where the Hub redirects readers of a file to; the file's own URL when it does not."""
+    url, home = file.url, httpx2.URL(file.url)
+    for _ in range(MAX_REDIRECTS):
+        response = get_session().head(url, follow_redirects=False, **_options())
+        hf_raise_for_status(response)
+        if not response.has_redirect_location:
+            return file.url
+        url = urljoin(url, response.headers["Location"])
+        target = httpx2.URL(url)
+        if target.netloc != home.netloc or target.scheme not in (home.scheme, "https"):  # renamed repositories stay on it
+            return url
+    raise httpx2.TooManyRedirects(f"more than {MAX_REDIRECTS} redirects")
+
+
+def _at_address(file: HubFile, transfer: Callable[[str], _T]) -> _T:
+    """What a transfer from a file's address returns, made again from a new one when it is refused there."""
+    address = _address(file)
+    try:
+        return transfer(address)
+    except (errors.HfHubHTTPError, *NOT_CONNECTED) as error:
+        if not is_refusal(error):
+            raise
+    return transfer(_address(file, refused=address))
+
+
 def _stream(file: HubFile, view: memoryview, offset: int) -> bool:
     """Fill the view by ranged requests, going on where a connection was cut. False when the server does not answer ranges."""
     done = 0
 
-    def request() -> bool:
+    def transfer(address: str) -> bool:
         nonlocal done
         start = offset + done
-        wanted = f"bytes={start}-{offset + len(view) - 1}"
-        with http_stream_backoff("GET", file.url, **_options(Range=wanted)) as response:
+        options = _options(address == file.url, Range=f"bytes={start}-{offset + len(view) - 1}")
+        with get_session().stream("GET", address, follow_redirects=True, **options) as response:
             if response.status_code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                 hf_raise_for_status(response)
             if _first_byte(file, response) != start:
@@ -328,7 +370,7 @@ def _stream(file: HubFile, view: memoryview, offset: int) -> bool:
             raise httpx2.RemoteProtocolError(f"the answer ended at byte {offset + done}")
         return True
 
-    return _persistently(request, lambda: done)
+    return _persistently(lambda: _at_address(file, transfer), lambda: done)
 
 
 def _first_byte(file: HubFile, response: httpx2.Response) -> int | None:
@@ -349,8 +391,8 @@ def _first_byte(file: HubFile, response: httpx2.Response) -> int | None:
     return first
 
 
-def _persistently(request: Callable[[], _T], progress: Callable[[], int] = int, statuses: tuple[int, ...] = ()) -> _T:
-    """What a request returns, made again when its connection is lost or it ends with one of the statuses.
+def _persistently(request: Callable[[], _T], progress: Callable[[], int] = int) -> _T:
+    """What a request returns, made again when its connection is lost or the server is busy.
 
     Attempts that made progress do not count.
     """
@@ -361,82 +403,7 @@ def _persistently(request: Callable[[], _T], progress: Callable[[], int] = int, 
             return request()
         except (errors.HfHubHTTPError, RuntimeError, *LOST) as error:
             failures = failures + 1 if progress() == before else 0
-            if failures > RETRIES or not _is_passing(error, statuses):
+            if failures > RETRIES or not is_passing(error):
                 raise
-        time.sleep(min(WAIT_S * 2 ** max(failures - 1, 0), MAX_WAIT_S))
-
-
-def _is_passing(error: Exception, statuses: tuple[int, ...]) -> bool:
-    """Whether it may go well the next time."""
-    if isinstance(error, errors.HfHubHTTPError):
-        return error.response.status_code in statuses
-    # the client closes its session, which all threads share, when one of them finds no connection
-    return isinstance(error, LOST) or "has been closed" in str(error)
-
-
-def _answer(subject: str, asked: HubFile | HubFolder, request: Callable[[], _T]) -> _T:
-    """What a request returns. Its errors become ours outside of ``except``: the client's hold the request, with its token."""
-    try:
-        return request()
-    except (OSError, httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
-        if isinstance(error, ChannelMergingError):
-            raise
-        problem = _problem(subject, asked, error)
-    raise problem
-
-
-def _line(error: BaseException, limit: int = 200) -> str:
-    return " ".join(str(error).split())[:limit]
-
-
-def _problem(subject: str, asked: HubFile | HubFolder, error: BaseException) -> ChannelMergingError:
-    """The error to show: one line, without addresses that requests were redirected to, which are signed."""
-    if isinstance(error, errors.HfHubHTTPError):
-        return _refusal(subject, asked, error)
-    if isinstance(error, errors.HFValidationError):
-        return CheckpointError(
-            f"{subject}: expected a repository's name (org/name), got {asked.repo}. Correct it in the recipe."
-        )
-    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-        return _problem(subject, asked, error.__cause__)
-    if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
-        return CheckpointError(
-            f"{subject}: HF_HUB_OFFLINE is set and the cache has no {asked.repo} at {asked.commit}. Unset it, or before "
-            f"download it: hf download {asked.repo} --revision {asked.commit}"
-        )
-    if isinstance(error, (httpx2.LocalProtocolError, UnicodeError)):  # their texts quote the header: the token
-        return CheckpointError(f"{subject}: a request could not be written. Does HF_TOKEN hold something that is no token?")
-    if isinstance(error, LOST):
-        reason = f"no connection to {asked.endpoint} in {RETRIES + 1} attempts ({type(error).__name__}: {_line(error)})"
-        return SourceError(f"{subject}: {reason}. Check the network and run again.")
-    if isinstance(error, ValueError):
-        return CheckpointError(
-            f"{subject}: {asked.endpoint} does not answer as a Hub does ({_line(error)}). Is HF_ENDPOINT right?"
-        )
-    return SourceError(f"{subject}: {type(error).__name__}: {_line(error)}. Run again when that is mended.")
-
-
-def _refusal(subject: str, asked: HubFile | HubFolder, error: errors.HfHubHTTPError) -> ChannelMergingError:
-    """What an answer of 4xx or 5xx means."""
-    status = error.response.status_code
-    said = error.server_message or error.response.reason_phrase
-    said = error.response.reason_phrase if "<" in said else " ".join(said.split())[:200]  # a store's XML quotes signatures
-    if status in RETRIED:
-        return SourceError(f"{subject}: {asked.endpoint} answered {status} ({said}) {RETRIES + 1} times. Run again later.")
-    if isinstance(error, errors.GatedRepoError):
-        problem = f"it is gated: accept its terms at {asked.endpoint}/{asked.repo} and set HF_TOKEN to a token of that account."
-    elif isinstance(error, errors.DisabledRepoError):
-        problem = f"{asked.endpoint} has disabled this repository. Name another source."
-    elif status == HTTPStatus.UNAUTHORIZED and "credentials" in said:
-        problem = f"{asked.endpoint} does not know the token ({said}). Set HF_TOKEN to a valid one, or run hf auth login."
-    elif isinstance(error, errors.RepositoryNotFoundError) or status == HTTPStatus.UNAUTHORIZED:
-        problem = "there is no such repository, or it is private: check the name, or set HF_TOKEN to a token that may read it."
-    elif isinstance(error, errors.RevisionNotFoundError):
-        problem = f"{asked.repo} has no revision {asked.commit}. Name a branch, a tag or a commit of it."
-    elif isinstance(error, errors.RemoteEntryNotFoundError):
-        problem = f"{asked.endpoint} lists this file and has none. Is it a faulty mirror?"
-    elif status == HTTPStatus.FORBIDDEN:
-        problem = f"access was refused ({status}: {said}). Set HF_TOKEN to a token whose permissions include this repository."
-    else:
-        problem = f"{asked.endpoint} answered {status} ({said}). Is HF_ENDPOINT the address of a Hub?"
-    return CheckpointError(f"{subject}: {problem}")
+            wait = asked_wait(error) or min(WAIT_S * 2 ** max(failures - 1, 0), MAX_WAIT_S)
+        time.sleep(wait)

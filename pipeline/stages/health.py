@@ -1,15 +1,24 @@
-"""Health: how far every expert is from its base, from what ingest measured, before anything is merged."""
+"""Health: how far every expert is from its base, before anything is merged; of a few rows before anything is fetched."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.job import Job
+from pipeline.kernels.bits import as_numbers
+from pipeline.plan import TensorPlan
 from pipeline.roles import layer_of
-from storage.deltas import expert_group
+from storage.deltas import StoredRows, expert_group
 from storage.errors import PlanError
+from storage.layout import DTYPES
 from storage.manifest import Health
+from storage.tensors import FileRows, TensorInfo
 
 UNRELATED = 1.0
 """||delta|| / ||base|| from which an expert is taken to be no fine-tune of its base: a model of zeros would be nearer to it.
@@ -18,6 +27,15 @@ Two unrelated models have sqrt(1 + q^2), q being the ratio of their norms: the s
 """
 LARGE = 0.3
 """From here on a user is told: continued pre-training on much data reaches it."""
+PROBED_TENSORS, PROBED_BYTES = 4, 1 << 16
+"""How much of an expert is looked at before it is fetched."""
+STRANGERS = "experts are no fine-tunes of the base; --allow-unrelated goes on"
+
+
+def _stranger(job: Job, name: str, ratio: float) -> str:
+    where, base = job.experts[name].folder.place, job.base.folder.place
+    found = f"|expert - base| is {ratio:.2f} of |base|; expected below {UNRELATED} for a fine-tune"
+    return f"expert {name}: {where}: {found}. Is {base} the base it was trained from?"
 
 
 def _ratio(parts: Iterable[Mapping[str, float | None]]) -> float | None:
@@ -27,6 +45,50 @@ def _ratio(parts: Iterable[Mapping[str, float | None]]) -> float | None:
         return None
     base = math.sqrt(math.fsum(norm**2 for _, norm in known if norm is not None))
     return math.sqrt(math.fsum(norm**2 for norm, _ in known if norm is not None)) / base if base else None
+
+
+def _probed(job: Job, name: str) -> list[tuple[TensorInfo, TensorInfo]]:
+    """Some matrices of an expert and of its base, where they come from; none of one that is in the store already."""
+    if expert_group(job.deltas, job.base.id, job.experts[name].id).complete:
+        return []
+
+    def pair(tensor: TensorPlan) -> tuple[TensorInfo, TensorInfo] | None:
+        base, expert = tensor.base, tensor.experts[name]
+        if base is not None and isinstance(base.data, StoredRows):
+            base = job.stored_base[base.data.tensor]
+        cheap = isinstance(expert.data, FileRows) and not tensor.slab_bytes
+        return (expert, base) if base is not None and cheap else None
+
+    found = [two for tensor in job.plan.merged if (two := pair(tensor)) is not None]
+    return found[:: max(1, len(found) // PROBED_TENSORS)][:PROBED_TENSORS]
+
+
+def _first_rows(info: TensorInfo) -> NDArray[Any]:
+    rows = max(1, PROBED_BYTES // (info.width * DTYPES[info.dtype].size))
+    return as_numbers(info.read(0, min(rows, info.rows)), info.dtype).astype(np.float64).ravel()
+
+
+def probe(job: Job) -> None:
+    """Look at a few rows of every expert that is not in the store yet. PlanError for those of another base, unless allowed."""
+    if job.recipe.allow_unrelated:
+        return
+    pairs = {name: _probed(job, name) for name in job.experts}
+    infos = {info.data: info for found in pairs.values() for two in found for info in two}
+    with ThreadPoolExecutor(8) as pool:  # each may be a request
+        rows = dict(zip(infos, pool.map(_first_rows, infos.values()), strict=True))
+    problems = []
+    for name, found in pairs.items():
+        parts = []
+        for expert, base in found:
+            count = min(len(rows[expert.data]), len(rows[base.data]))  # of a larger type fewer rows are read
+            mine, its = rows[expert.data][:count], rows[base.data][:count]
+            with np.errstate(invalid="ignore"):  # infinities are ingest's to report
+                parts.append({"delta_norm": float(np.linalg.norm(mine - its)), "base_norm": float(np.linalg.norm(its))})
+        ratio = _ratio(parts)
+        if ratio is not None and math.isfinite(ratio) and ratio >= UNRELATED:
+            problems.append(_stranger(job, name, ratio))
+    if problems:
+        raise PlanError.listing(STRANGERS, problems)
 
 
 def _of_expert(job: Job, name: str) -> Health:
@@ -50,15 +112,11 @@ def health(job: Job) -> tuple[dict[str, Health], tuple[str, ...]]:
     for name, one in found.items():
         ratio = one.delta_ratio
         if ratio is not None and ratio >= UNRELATED:
-            where = job.experts[name].folder.place
-            text = (
-                f"expert {name}: {where}: |expert - base| is {ratio:.2f} of |base|; expected below {UNRELATED} for a fine-tune"
-            )
-            problems.append(f"{text}. Is {job.base.folder.place} the base it was trained from?")
+            problems.append(_stranger(job, name, ratio))
         elif ratio is not None and ratio >= LARGE:
             notes.append(f"expert {name}: |expert - base| is {ratio:.2f} of |base|: it will weigh on those it is merged with")
         if one.unchanged == 1 and job.plan.merged:
             notes.append(f"expert {name}: every merged weight is the base's")
     if problems and not job.recipe.allow_unrelated:
-        raise PlanError.listing("experts are no fine-tunes of the base; --allow-unrelated goes on", problems)
+        raise PlanError.listing(STRANGERS, problems)
     return found, (*notes, *(f"{problem} Merged all the same." for problem in problems))

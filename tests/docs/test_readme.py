@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from flows.cli import app
+from pipeline.recipe import load_recipe
 from tests.support.running import command
 
 ROOT = Path(__file__).parent.parent.parent
@@ -33,9 +34,16 @@ def test_every_command_of_the_readme_exists() -> None:
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
 
 
-def test_the_recipe_of_the_readme_is_the_demos() -> None:
-    (shown,) = blocks("yaml")
+def test_the_first_recipe_of_the_readme_is_the_demos() -> None:
+    shown = blocks("yaml")[0]
     assert yaml.safe_load(shown) == yaml.safe_load((ROOT / "examples/tiny-mistral/recipe.yaml").read_text())
+
+
+def test_the_second_is_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(blocks("yaml")[1])
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.base == "mistralai/Mistral-7B-v0.1@main"
+    assert recipe.experts["code"].source == "uukuguy/speechless-code-mistral-7b-v1.0@main"
 
 
 def test_the_commands_of_the_readme_run_in_its_order(tmp_path: Path) -> None:

@@ -139,6 +139,30 @@ def rebuilt_once(outcome: Any, folder: Path) -> Tensors:
     return read_checkpoint(target) if target.exists() else rebuilt(outcome, "stable", folder)
 
 
+def test_workers_make_the_same_version_of_adapters(tmp_path: Path) -> None:
+    recipe = write_family(tmp_path / "family", torch.bfloat16)
+    alone = merged(recipe)
+    cluster = {"kind": "local", "workers": 2}
+    spread = merged(recipe, {"cluster": cluster, "output": str(tmp_path / "spread"), "deltas": str(tmp_path / "spread-deltas")})
+    assert spread.version == alone.version
+
+
+def test_tokens_that_an_adapter_adds_are_in_its_export(tmp_path: Path) -> None:
+    """Embedding and head saved whole, with three rows more: the exported configuration says so, and the model loads."""
+    recipe = write_family(tmp_path / "family", torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "family" / "base")
+    model.resize_token_embeddings(SIZES["vocab_size"] + 3)
+    settings = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    get_peft_model(model, settings).save_pretrained(str(tmp_path / "family" / "grown"), save_embedding_layers=True)
+    outcome = merged(recipe, {"experts": {"grown": "./grown", "full": "./full"}})
+    found = rebuilt(outcome, "grown", tmp_path)
+    assert found["model.embed_tokens.weight"].shape == (43, 16)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / f"{outcome.version}-grown")
+    assert loaded.config.vocab_size == 43
+    assert torch.equal(loaded.state_dict()["model.embed_tokens.weight"], found["model.embed_tokens.weight"])
+    assert json.loads((tmp_path / f"{outcome.version}-grown" / "config.json").read_text())["vocab_size"] == 43
+
+
 def test_the_plan_says_what_an_adapter_is(tmp_path: Path) -> None:
     recipe = write_family(tmp_path / "family", torch.bfloat16)
     found = json.loads(command("plan", recipe, "--json").stdout)

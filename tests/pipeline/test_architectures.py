@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from transformers.pytorch_utils import Conv1D
 
 from serving.lookup import export
+from storage import layout
 from storage.artifact import Artifact
 from tests.support.running import merged
 from tests.support.tiny_experts import Tensors, read_checkpoint
@@ -180,3 +181,33 @@ def test_a_bare_base_and_an_expert_with_a_head_go_together(tmp_path: Path) -> No
             rebuilt(Artifact(outcome.path), name, tmp_path / "export" / name).keys()
             == read_checkpoint(tmp_path / "family" / name).keys()
         )
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_oss"])
+def test_matrices_stored_in_out_are_cut_into_chunks_like_any(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of five channels, which end inside matrices and reach from one packed expert into the next."""
+    monkeypatch.setattr(layout, "CHUNK_ELEMENTS", 5 * 16)
+    recipe = write_family(tmp_path / "family", model_of(kind), noisy)
+    outcome = merged(recipe, {"merge.groups": 3})
+    for name in EXPERTS:
+        found = rebuilt(Artifact(outcome.path), name, tmp_path / "export" / name)
+        for tensor, weight in read_checkpoint(tmp_path / "family" / name).items():
+            assert torch.equal(found[tensor].view(torch.int32), weight.view(torch.int32)), tensor
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_oss"])
+def test_workers_and_another_recipe_read_the_stored_base(kind: str, tmp_path: Path) -> None:
+    """The base's rows are in the store: workers find them there, and a later run does not make them again."""
+    recipe = write_family(tmp_path / "family", model_of(kind), noisy)
+    alone = merged(recipe)
+    spread = merged(
+        recipe, {"cluster": {"kind": "local", "workers": 2}, "output": str(tmp_path / "spread"), "deltas": "../spread"}
+    )
+    assert spread.version == alone.version
+    stored = list((tmp_path / "deltas").glob("*/base/complete.json"))
+    assert len(stored) == 1
+    before = stored[0].stat().st_mtime_ns
+    merged(recipe, {"merge.groups": 1})
+    assert stored[0].stat().st_mtime_ns == before

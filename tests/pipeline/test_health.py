@@ -48,11 +48,31 @@ def test_ratios_are_those_of_float64(family: Family) -> None:
 def test_an_expert_of_another_base_is_refused(family: Family) -> None:
     replaced(family, "math", {n: t for n, t in random_tensors(77).items() if "layers" in n})
     with pytest.raises(
-        PlanError, match=r"--allow-unrelated goes on: expert math: \S+math: \|expert - base\| is 1\.4\d of"
+        PlanError, match=r"--allow-unrelated goes on: expert math: \S+math: \|expert - base\| is 1\.[34]\d of"
     ) as caught:
         merged(family.recipe())
     assert "Is " in str(caught.value)
     assert not (family.folder.parent / "output" / "latest.json").exists()
+
+
+def test_a_stranger_is_found_before_anything_is_ingested(family: Family) -> None:
+    replaced(family, "math", {n: t for n, t in random_tensors(77).items() if "layers" in n})
+    with pytest.raises(PlanError, match="expert math"):
+        merged(family.recipe())
+    assert not list((family.folder.parent / "deltas").rglob("complete.json"))
+
+
+def test_one_that_a_look_misses_is_found_when_it_is_whole(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows beyond those looked at are another model's."""
+    monkeypatch.setattr("pipeline.stages.health.PROBED_BYTES", 32)
+    own = {n: t.clone() for n, t in family.base.items() if "layers" in n}
+    for name, stranger in random_tensors(77).items():
+        if name in own and stranger.dim() > 1:
+            own[name][1:] = stranger[1:]
+    replaced(family, "math", own)
+    with pytest.raises(PlanError, match=r"expert math: \S+ \|expert - base\| is 1\.3"):
+        merged(family.recipe())
+    assert len(list((family.folder.parent / "deltas").glob("*/*/complete.json"))) == 4
 
 
 def test_a_much_smaller_stranger_is_refused_too(family: Family) -> None:

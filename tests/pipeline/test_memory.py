@@ -9,11 +9,13 @@ import pytest
 from pipeline import memory
 
 
-@pytest.mark.parametrize(("experts", "budget"), [(4, 345), (1, 205)])
-def test_measured_peaks_stay_under_the_budget(experts: int, budget: int) -> None:
+@pytest.mark.parametrize(
+    ("experts", "budget", "kind"), [(4, 345, "rows"), (1, 205, "rows"), (4, 345, "columns"), (4, 345, "adapters")]
+)
+def test_measured_peaks_stay_under_the_budget(experts: int, budget: int, kind: str) -> None:
     """fp32 matrices of 64 MiB per expert, hardly more than a chunk allowed: each stage's process grows by less."""
     line = [sys.executable, "-m", "benchmarks.memory", "--dtype", "float32", "--rows", "8192", "--json"]
-    line += ["--experts", str(experts), "--budget", f"{budget}MiB"]
+    line += ["--experts", str(experts), "--budget", f"{budget}MiB", "--kind", kind]
     done = subprocess.run(line, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found["budget"] == budget * 2**20

@@ -13,6 +13,8 @@ from typing import Any
 
 import obstore
 import pytest
+import torch
+import yaml
 from moto.server import ThreadedMotoServer
 from obstore.store import S3Store
 
@@ -20,6 +22,8 @@ from flows.planning import judge
 from pipeline.recipe import load_recipe
 from storage.artifact import Artifact
 from storage.errors import SourceError
+from tests.pipeline.test_adapters import ADAPTERS
+from tests.pipeline.test_adapters import write_family as write_adapters
 from tests.support.hub_server import HubServer, hub_environment
 from tests.support.running import command, merged
 from tests.support.tiny_experts import NAMES, Family, read_checkpoint
@@ -141,6 +145,26 @@ def test_the_plan_reads_headers_and_says_what_a_run_will_fetch(family: Family, h
         assert source["parameters"] == sum(tensor.numel() for tensor in tensors.values())
     assert told["totals"]["fetch"] == sum(source["fetch"] for source in told["sources"])
     assert not (tmp_path / "hf" / "hub").exists() or not weights(tmp_path / "hf")
+
+
+def test_an_adapter_on_the_hub_is_an_expert(tmp_path: Path) -> None:
+    """Its factors alone are fetched, and what comes of it is what comes of local folders."""
+    recipe = write_adapters(tmp_path / "family", torch.bfloat16)
+    names = ("base", "full", *ADAPTERS)
+    with HubServer() as server:
+        for name in names:
+            server.add_repo(f"tiny/{name}", tmp_path / "family" / name)
+        places = {"base": "tiny/base", "deltas": "../hub-deltas", "output": "../hub-output"}
+        remote = {**yaml.safe_load(recipe.read_text()), **places, "experts": {name: f"tiny/{name}" for name in names[1:]}}
+        (tmp_path / "family" / "remote.yaml").write_text(yaml.safe_dump(remote))
+        environment = hub_environment(server.url, tmp_path / "hf")
+        told = json.loads(command("plan", tmp_path / "family" / "remote.yaml", "--json", environment=environment).stdout)
+        found = run(tmp_path / "family" / "remote.yaml", environment)
+    fetch = {source["label"]: source["fetch"] for source in told["sources"]}
+    for name in ADAPTERS:
+        factors = read_checkpoint(tmp_path / "family" / name)
+        assert fetch[f"expert {name}"] == sum(tensor.numel() * tensor.element_size() for tensor in factors.values())
+    assert found["version"] == merged(recipe).version
 
 
 def test_offline_reads_what_was_downloaded(family: Family, hub: HubServer, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import pickle
 import pty
@@ -12,6 +13,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +23,8 @@ from huggingface_hub import close_session, constants, get_session, snapshot_down
 import storage.hub
 from storage.errors import ChannelMergingError, CheckpointError, SourceError
 from storage.files import File, Folder
-from storage.hub import FETCHED_BYTES, HEAD_BYTES, RETRIES, HubFile, HubFolder, open_hub
+from storage.hub import FETCHED_BYTES, HEAD_BYTES, KEPT_S, HubFile, HubFolder, open_hub
+from storage.hub_errors import RETRIES
 from tests.support.hub_server import HubServer, hub_environment
 
 REPO, WEIGHTS = "org/expert", "model.safetensors"
@@ -193,7 +196,7 @@ def test_a_range_is_the_files_bytes(hub: HubServer, source: Path, cache: Path, o
 
 def test_only_the_asked_bytes_are_sent(hub: HubServer) -> None:
     read(weights(), 700_001, 300_000)
-    assert ranges(hub) == ranges(hub, "hub GET /org/expert/resolve") == ["bytes=700001-1000000"]
+    assert ranges(hub) == ["bytes=700001-1000000"]
     assert sum(request.sent for request in hub.asked("cdn")) == 300_000
 
 
@@ -209,7 +212,7 @@ def test_prefix_and_header_are_one_request(hub: HubServer, source: Path) -> None
 def test_files_outside_lfs_come_from_the_hub_itself(hub: HubServer, source: Path) -> None:
     content = (source / "config.json").read_bytes()
     assert read(opened().file("config.json"), 0, 1000) == content
-    assert ranges(hub, "hub GET /org/expert/resolve") == [f"bytes=0-{len(content) - 1}"]
+    assert ranges(hub, "hub .* /org/expert/resolve") == [None, f"bytes=0-{len(content) - 1}"]
     assert read(opened().file("empty.txt"), 0, 10) == b""
     assert hub.asked("empty") == hub.asked("cdn") == []
 
@@ -242,6 +245,143 @@ def test_a_session_that_was_closed_under_a_read_is_replaced(
     get_session().close()
     monkeypatch.setattr("storage.hub.time", SimpleNamespace(sleep=lambda _: close_session()))
     assert read(file, 200_000, 10) == (source / WEIGHTS).read_bytes()[200_000:200_010]
+
+
+# addresses
+
+
+def parts(file: File, count: int = 100_000) -> bytes:
+    """The file behind its start, read in ranges."""
+    return b"".join(read(file, offset, count) for offset in range(HEAD_BYTES, SIZE, count))
+
+
+def together(count: int, action: Callable[[int], bytes]) -> list[bytes]:
+    """What threads that start at the same moment get."""
+    start = Barrier(count)
+
+    def run(index: int) -> bytes:
+        start.wait()
+        return action(index)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
+def test_many_ranges_of_a_file_are_one_request_to_the_hub(hub: HubServer, source: Path) -> None:
+    """And it names no range: the address that is signed for one serves no other."""
+    file, content = weights(), (source / WEIGHTS).read_bytes()
+    hub.forget()
+    assert parts(file) == content[HEAD_BYTES:]
+    assert read(file, 0, 8) == content[:8]
+    assert [(request.method, request.range) for request in hub.asked("^hub")] == [("HEAD", None)]
+    assert len(hub.asked("cdn GET")) == 15
+
+
+def test_threads_ask_for_an_address_once(hub: HubServer, source: Path) -> None:
+    file, content = weights(), (source / WEIGHTS).read_bytes()
+    for requests in (1, 2):
+        found = together(2, lambda index: read(file, 200_000 + 100_000 * index, 100_000))
+        assert b"".join(found) == content[200_000:400_000]
+        assert len(hub.asked("hub HEAD")) == requests
+        hub.expire()
+
+
+def test_files_that_the_hub_serves_itself_are_asked_for_there(hub: HubServer, source: Path) -> None:
+    hub.redirects = False
+    file = weights()
+    hub.fail("hub GET /org", times=2, status=503)
+    assert parts(file) == (source / WEIGHTS).read_bytes()[HEAD_BYTES:]
+    assert len(hub.asked("hub HEAD")) == 1
+    assert len(ranges(hub, "hub GET /org")) == 14 + 2
+    assert hub.asked("cdn") == []
+
+
+def test_addresses_expire(hub: HubServer, source: Path) -> None:
+    file, content = weights(), (source / WEIGHTS).read_bytes()
+    assert parts(file) == content[HEAD_BYTES:]
+    hub.expire()
+    hub.forget()
+    assert parts(file) == content[HEAD_BYTES:]
+    assert len(hub.asked("^hub")) == 1
+    assert [request.status for request in hub.asked("cdn")] == [403] + [206] * 14
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410])
+def test_a_refused_address_is_asked_for_again_once(hub: HubServer, source: Path, status: int, waits: list[float]) -> None:
+    file, content = weights(), (source / WEIGHTS).read_bytes()
+    read(file, 200_000, 10)
+    hub.fail("cdn GET", status=status)
+    assert read(file, 300_000, 10) == content[300_000:300_010]
+    assert len(hub.asked("hub HEAD")) == 2
+    hub.fail("cdn GET", times=2, status=status)
+    caught(CheckpointError, lambda: read(file, 400_000, 10))
+    assert len(hub.asked("hub HEAD")) == 3
+    assert waits == []
+
+
+def test_a_host_that_went_away_is_asked_for_again(hub: HubServer, source: Path, waits: list[float]) -> None:
+    file, content, other_host = weights(), (source / WEIGHTS).read_bytes(), hub.cdn_url
+    with HubServer() as gone:
+        hub.cdn_url = gone.cdn_url
+        assert read(file, 200_000, 10) == content[200_000:200_010]
+    hub.cdn_url = other_host
+    assert read(file, 300_000, 10) == content[300_000:300_010]
+    assert len(hub.asked("hub HEAD")) == 2
+    assert gone.leaks == []
+    assert waits == []
+
+
+def test_addresses_are_kept_for_a_time(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = weights()
+    for now, requests in ((1000.0, 1), (1000 + KEPT_S, 1), (1001 + KEPT_S, 2), (1002 + KEPT_S, 2)):
+        monkeypatch.setattr("storage.hub.monotonic", lambda now=now: now)
+        read(file, 200_000, 10)
+        assert len(hub.asked("hub HEAD")) == requests
+
+
+def test_redirects_on_the_hub_are_followed_with_the_token(
+    hub: HubServer, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of renamed repositories."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.repos[REPO].private = True
+    file = weights()
+    path = file.url.removeprefix(hub.url)
+    hub.fail("hub HEAD /org", status=307, headers={"Location": path})
+    assert read(file, 200_000, 10) == (source / WEIGHTS).read_bytes()[200_000:200_010]
+    assert [(request.status, request.has_token) for request in hub.asked("hub HEAD")] == [(307, True), (302, True)]
+    hub.expire()
+    hub.fail("hub HEAD /org", times=100, status=307, headers={"Location": path})
+    assert "TooManyRedirects" in caught(SourceError, lambda: read(file, 200_000, 10))
+
+
+def test_tokens_and_addresses_stay_where_they_belong(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tokens at the Hub, signed addresses in memory: not in what travels, nor in what is logged."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.repos[REPO].private = True
+    client_log = logging.getLogger("huggingface_hub")
+    client_log.addHandler(caplog.handler)  # it does not propagate
+    try:
+        with caplog.at_level(logging.INFO), caplog.at_level(logging.DEBUG, "huggingface_hub"):
+            file = weights()
+            before = pickle.dumps(file)
+            parts(file)
+            hub.expire()
+            hub.fail("cdn GET", times=2, status=503)
+            parts(file)
+            file.download()
+    finally:
+        client_log.removeHandler(caplog.handler)
+    assert {(request.server, request.has_token) for request in hub.requests} == {("hub", True), ("cdn", False)}
+    assert pickle.dumps(file) == before
+    assert {record.name for record in caplog.records if hub.cdn_url in record.getMessage()} == {
+        "httpx2", "huggingface_hub.utils._http"
+    }  # fmt: skip
+    for text in (caplog.text, repr(file), repr(storage.hub._LINKS), before.decode("latin-1")):
+        assert "secret" not in text
+        assert "Signature" not in text
 
 
 # faults
@@ -284,13 +424,13 @@ def test_connections_that_bring_nothing_are_given_up(hub: HubServer, waits: list
 
 def test_connections_that_are_reset_before_any_answer_are_made_again(hub: HubServer, source: Path) -> None:
     hub.fail("hub GET /api", reset=True)
-    hub.fail("hub GET /org", reset=True)
+    hub.fail("hub HEAD /org", reset=True)
     hub.fail("cdn GET", reset=True)
     assert read(weights(), 200_000, 10) == (source / WEIGHTS).read_bytes()[200_000:200_010]
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
-@pytest.mark.parametrize("where", ["hub GET /api", "hub GET /org", "cdn GET"])
+@pytest.mark.parametrize("where", ["hub GET /api", "hub HEAD /org", "cdn GET"])
 def test_bursts_of_refusals_are_waited_for(hub: HubServer, source: Path, waits: list[float], where: str, status: int) -> None:
     hub.fail(where, times=3, status=status)
     assert read(weights(), 200_000, 10) == (source / WEIGHTS).read_bytes()[200_000:200_010]
@@ -301,6 +441,12 @@ def test_retry_after_is_respected(hub: HubServer, waits: list[float]) -> None:
     hub.fail("cdn GET", status=429, headers={"Retry-After": "37"})
     read(weights(), 200_000, 10)
     assert waits == [38]  # the client adds a second
+
+
+def test_the_hubs_rate_limit_is_waited_for(hub: HubServer, waits: list[float]) -> None:
+    hub.fail("hub HEAD", status=429, headers={"RateLimit": '"resolvers";r=0;t=55'})
+    read(weights(), 200_000, 10)
+    assert waits == [56]
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -338,7 +484,7 @@ def test_without_ranges_the_start_is_read_and_the_rest_not(hub: HubServer, sourc
     hub.ranges = False
     hub.fail("cdn GET", cut=200_000)  # beyond what is read
     assert read(weights(), 8, 40_000) == (source / WEIGHTS).read_bytes()[8:40_008]
-    assert len(hub.asked("GET .*resolve")) == 2  # the Hub and where it leads to
+    assert len(hub.asked("GET .*resolve")) == 1
     assert files_under(cache) == []
 
 
@@ -349,7 +495,7 @@ def test_without_ranges_a_file_is_downloaded_once(hub: HubServer, source: Path, 
     with ThreadPoolExecutor(8) as pool:
         parts = list(pool.map(lambda offset: read(file, offset, 100_000), range(200_000, SIZE, 100_000)))
     assert b"".join(parts) == content[200_000:]
-    assert len(hub.asked(f"HEAD .*{WEIGHTS}")) == 1
+    assert len(hub.asked(f"HEAD .*{WEIGHTS}")) == 2  # by the client too, once for the download
     assert (
         len(
             [request for request in hub.asked("GET") if request.status == 200 and WEIGHTS in request.path and not request.range]
@@ -586,10 +732,14 @@ def test_what_is_taken_away_after_it_was_listed(hub: HubServer, trouble: Callabl
 
 def test_signatures_of_a_store_that_refuses_are_not_shown(hub: HubServer) -> None:
     file = weights()
-    hub.fail("cdn GET", status=403, text="<Error><Code>SignatureDoesNotMatch</Code><Signature>secret</Signature></Error>")
+    text = "<Error><Code>SignatureDoesNotMatch</Code><Signature>secret</Signature></Error>"
+    hub.fail("cdn GET", times=2, status=403, text=text)
     message = caught(CheckpointError, lambda: read(file, 200_000, 10))
     assert message.startswith(f"{file.place}: access was refused (403: Forbidden). ")
     assert "secret" not in message
+    hub.fail("cdn GET", times=2, status=403, text=f"{hub.cdn_url}/file?Signature=secret is too old")
+    message = caught(CheckpointError, lambda: read(file, 200_000, 10))
+    assert f"access was refused (403: {hub.cdn_url}/file is too old). " in message
 
 
 @pytest.mark.parametrize("trouble", [missing, private, gated])
@@ -685,5 +835,6 @@ def test_headers_of_many_large_shards_are_few_bytes(hub: HubServer, tmp_path: Pa
     with ThreadPoolExecutor(5) as pool:
         assert list(pool.map(headers, range(5))) == [[header] * 5] * 5
     assert len(hub.asked("hub GET /api")) == 5
-    assert len(hub.asked("hub GET /org")) == len(hub.asked("cdn GET")) == 25
+    assert len(hub.asked("hub HEAD /org")) == len(hub.asked("cdn GET")) == 25
+    assert hub.asked("hub GET /org") == []
     assert sum(request.sent for request in hub.asked("cdn")) == 25 * HEAD_BYTES

@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 API = re.compile(r"/api/models/(?P<repo>[^/]+(?:/[^/]+)?)(?:/(?P<verb>revision|tree)/(?P<revision>[^/]+))?/?")
 RESOLVE = re.compile(r"/(?P<repo>[^/]+(?:/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
@@ -88,7 +88,8 @@ class HubServer:
     """Serves ``folder/org/name`` as repositories ``org/name``, and those that are added.
 
     ``hash_content=False`` makes up the sha256 of LFS files from their names and sizes: for large files that nobody reads whole.
-    ``ranges``, ``sizes`` and ``redirects`` take abilities away. Bearer tokens other than ``token`` are refused.
+    ``ranges``, ``sizes`` and ``redirects`` take abilities away. Bearer tokens other than ``token`` are refused. Addresses on
+    the second server are signed as the Hub's are: until ``expire``, and for the one range that they were asked with, if any.
     """
 
     def __init__(self, folder: Path | None = None, *, token: str = "hf_good", hash_content: bool = True) -> None:
@@ -99,6 +100,7 @@ class HubServer:
         self.requests: list[Request] = []
         self.leaks: list[str] = []
         """Requests of the second server that a token came with."""
+        self.signature = "secret-1"
         self._faults: list[Fault] = []
         self.errors: list[BaseException] = []
         """Of the server itself; raised when it is left."""
@@ -146,6 +148,10 @@ class HubServer:
     def fail(self, pattern: str, times: int = 1, **how: Any) -> None:
         """Script a fault (see ``Fault``) for requests such as 'cdn GET /org/name/…'."""
         self._faults.append(Fault(pattern, times, **how))
+
+    def expire(self) -> None:
+        """Invalidate the addresses that were signed so far."""
+        self.signature = f"secret-{int(self.signature.removeprefix('secret-')) + 1}"
 
     def asked(self, pattern: str) -> list[Request]:
         """The requests whose 'SERVER METHOD PATH' the pattern is found in."""
@@ -257,7 +263,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.name == "cdn":
             if authorization is not None:
                 return self._text(400, "Only one auth mechanism allowed")
-            return self._file(Path(parse_qs(address.query)["file"][0]), {})
+            signed = {key: values[0] for key, values in parse_qs(address.query).items()}
+            if signed["Signature"] != self.hub.signature or signed.get("Range", self.seen.range) != self.seen.range:
+                return self._text(403, f"Auth failed for {self.hub.cdn_url}{self.path}")
+            return self._file(Path(signed["file"]), {})
         if authorization not in (None, f"Bearer {self.hub.token}"):
             return self._text(401, INVALID, **{"X-Error-Message": INVALID})
         if found := API.fullmatch(address.path):
@@ -312,7 +321,8 @@ class _Handler(BaseHTTPRequestHandler):
         if lfs:
             headers |= {"X-Linked-Size": str(lfs["size"]), "X-Linked-Etag": headers["ETag"]}
         if lfs and self.hub.redirects:
-            location = f"{self.hub.cdn_url}{urlsplit(self.path).path}?file={path}&Signature=secret"
+            signed = {"file": path, "Signature": self.hub.signature} | ({"Range": self.seen.range} if self.seen.range else {})
+            location = f"{self.hub.cdn_url}{urlsplit(self.path).path}?{urlencode(signed)}"
             return self._text(302, "", Location=location, **headers)
         return self._file(path, headers)
 
