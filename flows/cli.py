@@ -1,23 +1,22 @@
 """The command line ``channel-merge``. It imports no Prefect, and heavy packages only where a command needs them.
 
-Exit codes: 0 done; 1 the answer is no (verify found a mismatch); 2 the input is wrong; 3 the run failed.
+Exit codes: 0 done; 1 the answer is no (verify found a mismatch); 2 the input is wrong; 3 the run failed; 130 interrupted.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from storage.errors import ChannelMergingError, PlanError
+from flows.output import counted, listed, say, say_json, say_lines, say_table, told
+from storage.errors import ChannelMergingError
 
 app = typer.Typer(
     help="Keep N fine-tuned experts at the memory of K (Channel Merging, arXiv 2412.15283).",
@@ -27,6 +26,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+INTERRUPTED = 130
+
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, a YAML file.")]
 ArtifactPlace = Annotated[
     str, typer.Argument(metavar="ARTIFACT", help="A version's folder, an output folder (its latest), or OUTPUT@VERSION.")
@@ -35,49 +36,58 @@ Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE"
 Output = Annotated[str | None, typer.Option(help="Where to publish instead of the recipe's output.")]
 Deltas = Annotated[str | None, typer.Option(help="The delta store instead of the recipe's.")]
 Cluster = Annotated[str | None, typer.Option(help="local, none (in this process) or tcp://scheduler:8786.")]
+Unrelated = Annotated[bool, typer.Option("--allow-unrelated", help="Merge experts of another base too.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
-def _settings(assignments: list[str] | None) -> dict[str, Any]:
+@contextmanager
+def _failure_as_json(wanted: bool, document: Callable[[ChannelMergingError], Any]) -> Iterator[None]:
+    """Print a failure as the command's JSON document too, before it goes its way."""
+    try:
+        yield
+    except ChannelMergingError as error:
+        if wanted:
+            say_json(document(error))
+        raise
+
+
+def _recipe(
+    path: Path, assignments: list[str] | None, output: str | None, deltas: str | None, cluster: str | None, unrelated: bool
+) -> Any:
+    from flows.run import read_recipe
     from pipeline.recipe import parse_assignment
 
-    return dict(parse_assignment(text) for text in assignments or ())
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def _print_table(title: str, headings: list[str], rows: list[list[str]]) -> None:
-    table = Table(*headings, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*map(Text, row))  # as text: a path may hold what rich would read as markup
-    # a piped table is as wide as it needs to be: a script or a log must not get wrapped cells
-    console = Console()
-    console.print(table) if console.is_terminal else Console(width=10_000).print(table)
+    settings = dict(parse_assignment(text) for text in assignments or ())
+    return read_recipe(path, settings | ({"allow_unrelated": True} if unrelated else {}), output, deltas, cluster)
 
 
 @app.command()
 def plan(
     recipe: RecipePath,
     set_: Settings = None,
+    output: Output = None,
+    deltas: Deltas = None,
+    cluster: Cluster = None,
+    allow_unrelated: Unrelated = False,
     every: Annotated[bool, typer.Option("--tensors", help="A line per tensor instead of one for all layers.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what every tensor becomes and what a run would cost, from configs and safetensors headers alone."""
     from flows import planning
-    from flows.run import read_recipe
 
-    found = planning.judge(read_recipe(recipe, _settings(set_)))
+    resolved = None
+    with _failure_as_json(as_json, lambda error: planning.refusal(resolved, error)):
+        resolved = _recipe(recipe, set_, output, deltas, cluster, allow_unrelated)
+        found = planning.judge(resolved)
     if as_json:
-        _print_json(planning.document(found))
+        say_json(planning.document(found))
     else:
-        _print_table("sources", planning.SOURCE_HEADINGS, planning.source_rows(found))
-        _print_table("tensors", planning.TENSOR_HEADINGS, planning.tensor_rows(found, every=every))
+        say_lines("sources", planning.source_lines(found))
+        say_table("tensors", *planning.tensor_table(found, every=every), planning.SPARE)
         for line in (*planning.totals(found), *(f"note: {note}" for note in found.notes)):
-            typer.echo(line)
-    if found.problems:
-        raise PlanError.listing("base and experts cannot be merged", found.problems)
+            say(line)
+    if found.errors:
+        raise planning.together(found.errors)
 
 
 @app.command()
@@ -87,20 +97,25 @@ def run(
     output: Output = None,
     deltas: Deltas = None,
     cluster: Cluster = None,
-    allow_unrelated: Annotated[bool, typer.Option("--allow-unrelated", help="Merge experts of another base too.")] = False,
+    allow_unrelated: Unrelated = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: ingest, cluster, merge, pack, train the router, publish."""
     from flows.progress import open_reporter
-    from flows.run import read_recipe, run_recipe
+    from flows.run import run_recipe
 
-    settings = _settings(set_) | ({"allow_unrelated": True} if allow_unrelated else {})
-    resolved = read_recipe(recipe, settings, output, deltas, cluster)
-    with open_reporter() as reporter:
-        result = run_recipe(resolved, reporter)
+    with _failure_as_json(as_json, lambda error: {"error": str(error), "problems": list(listed(error))}):
+        resolved = _recipe(recipe, set_, output, deltas, cluster, allow_unrelated)
+        try:
+            with open_reporter() as reporter:
+                result = run_recipe(resolved, reporter)
+        except KeyboardInterrupt:
+            kept = f"finished experts are kept in the delta store {resolved.deltas}, and the next run goes on from there"
+            typer.echo(f"interrupted: {kept}", err=True)
+            raise typer.Exit(INTERRUPTED) from None
     manifest = result.manifest
     if as_json:
-        _print_json(
+        say_json(
             {
                 "version": result.version, "path": str(result.path), "new": result.new,
                 "parameters": manifest.parameters.model_dump(), "seconds": manifest.seconds,
@@ -108,10 +123,10 @@ def run(
         )  # fmt: skip
         return
     if not result.new:
-        typer.echo(f"nothing changed: version {result.version} is already at {result.path}")
+        say(f"nothing changed: version {result.version} is already at {result.path}")
         return
-    typer.echo(f"published version {result.version} at {result.path}")
-    typer.echo(_size_line(manifest))
+    say(f"published version {result.version} at {result.path}")
+    say(_size_line(manifest))
 
 
 def _number(value: float | None) -> str:
@@ -120,9 +135,9 @@ def _number(value: float | None) -> str:
 
 def _size_line(manifest: Any) -> str:
     numbers = manifest.parameters
-    count = len(manifest.experts)
+    count = counted(len(manifest.experts), "expert")
     stored = numbers.pool + numbers.residue
-    return f"{stored:,} parameters stored for {count} experts of {numbers.experts:,} together ({100 * numbers.ratio:.1f} %)"
+    return f"{stored:,} parameters stored for {count} of {numbers.experts:,} together ({100 * numbers.ratio:.1f} %)"
 
 
 @app.command()
@@ -133,15 +148,15 @@ def inspect(artifact: ArtifactPlace, as_json: AsJson = False) -> None:
     found = Artifact(artifact)
     manifest = found.manifest
     if as_json:
-        _print_json(manifest.model_dump(mode="json"))
+        say_json(manifest.model_dump(mode="json"))
         return
-    typer.echo(f"{manifest.name} version {manifest.version}, created {manifest.created}")
-    typer.echo(_size_line(manifest))
+    say(f"{manifest.name} version {manifest.version}, created {manifest.created}")
+    say(_size_line(manifest))
     merge = {key: value for key, value in manifest.recipe["merge"].items() if value not in (None, [])}
-    typer.echo("merging: " + ", ".join(f"{key} {value}" for key, value in merge.items()))
+    say("merging: " + ", ".join(f"{key} {value}" for key, value in merge.items()))
     if manifest.router:
         router = manifest.router
-        typer.echo(f"router: {router['kind']}, {100 * router['accuracy']:.2f} % right on {router['queries']} held-out queries")
+        say(f"router: {router['kind']}, {100 * router['accuracy']:.2f} % right on {router['queries']} held-out queries")
     rows = [
         [
             name, f"{e.parameters:,}", _number(e.health.delta_ratio), f"{100 * e.health.unchanged:.1f} %",
@@ -149,16 +164,16 @@ def inspect(artifact: ArtifactPlace, as_json: AsJson = False) -> None:
         ]
         for name, e in manifest.experts.items()
     ]  # fmt: skip
-    _print_table("experts", ["expert", "parameters", "|δ| / |base|", "unchanged", "reconstruction error", "source"], rows)
+    say_table("experts", ["expert", "parameters", "|δ| / |base|", "unchanged", "reconstruction error", "source"], rows)
     kinds: dict[tuple[str, str], list[int]] = {}
     for record in manifest.tensors.values():
         entry = kinds.setdefault((record.policy, str(record.groups or "-")), [0, 0])
         entry[0] += 1
         entry[1] += record.rows
     rows = [[policy, k, str(n), f"{r:,}"] for (policy, k), (n, r) in sorted(kinds.items())]
-    _print_table("tensors", ["policy", "groups", "tensors", "pool rows"], rows)
+    say_table("tensors", ["policy", "groups", "tensors", "pool rows"], rows)
     for note in manifest.notes:
-        typer.echo(f"note: {note}")
+        say(f"note: {note}")
 
 
 @app.command()
@@ -173,7 +188,7 @@ def verify(artifact: ArtifactPlace) -> None:
             typer.echo(f"mismatch: {problem}", err=True)
         raise typer.Exit(1)
     size = sum(record.bytes for record in found.manifest.files.values())
-    typer.echo(f"ok: {len(found.manifest.files)} files, {size:,} bytes, version {found.manifest.version}")
+    say(f"ok: {counted(len(found.manifest.files), 'file')}, {counted(size, 'byte')}, version {found.manifest.version}")
 
 
 @app.command()
@@ -184,7 +199,7 @@ def export(artifact: ArtifactPlace, expert: str, dest: Path) -> None:
 
     found = Artifact(artifact)
     files = write(found, expert, dest)
-    typer.echo(f"exported {expert} to {dest}: {', '.join(path.name for path in files)}")
+    say(f"exported {expert} to {dest}: {', '.join(path.name for path in files)}")
 
 
 @app.command()
@@ -196,9 +211,9 @@ def route(artifact: ArtifactPlace, query: str, as_json: AsJson = False) -> None:
     shares = artifact_router(Artifact(artifact)).route(query)
     best = max(shares, key=lambda name: shares[name])
     if as_json:
-        _print_json({"expert": best, "probabilities": shares})
+        say_json({"expert": best, "probabilities": shares})
         return
-    typer.echo(best)
+    say(best)
     for name, share in sorted(shares.items(), key=lambda item: -item[1]):
         typer.echo(f"  {name} {share:.4f}", err=True)
 
@@ -215,11 +230,13 @@ def main() -> None:
     """Entry point: every error is one message; a traceback is shown when ``CHANNEL_MERGING_TRACEBACK`` is set."""
     try:
         app()
+    except KeyboardInterrupt:  # a second one, while the first is still cleaning up
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if os.environ.get("CHANNEL_MERGING_TRACEBACK"):
             traceback.print_exc()
         if isinstance(error, ChannelMergingError):
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {told(error)}", err=True)
             sys.exit(error.exit_code)
         what = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         typer.echo(f"error: the run failed: {what} (set CHANNEL_MERGING_TRACEBACK=1 to see where)", err=True)

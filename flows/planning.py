@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
-from pipeline.drafting import Draft, draft_plan
+from flows.output import counted, listed, size
+from flows.run import check_queries
+from pipeline.drafting import Draft, draft_plan, open_sources
 from pipeline.forecast import Forecast, forecast
-from pipeline.opening import Opened, open_sources
+from pipeline.job import check_places
+from pipeline.opening import Opened
 from pipeline.plan import TensorPlan
 from pipeline.recipe import Recipe
 from pipeline.vocabulary import compare_vocabularies
 from storage.checkpoint import Checkpoint
-from storage.errors import PlanError
+from storage.errors import ChannelMergingError, PlanError
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+Found = TypeVar("Found")
+
+
+def together(errors: Sequence[ChannelMergingError]) -> ChannelMergingError:
+    """One error for all of them."""
+    if len(errors) == 1:
+        return errors[0]
+    return PlanError.listing("the recipe cannot be run", [problem for error in errors for problem in listed(error)])
 
 
 @dataclass(frozen=True)
@@ -26,25 +39,45 @@ class Judgement:
     opened: Opened
     draft: Draft
     forecast: Forecast
-    problems: tuple[str, ...]
+    errors: tuple[ChannelMergingError, ...]
     notes: tuple[str, ...]
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        return tuple(problem for error in self.errors for problem in listed(error))
+
+
+def _attempted(step: Callable[[], Found], errors: list[ChannelMergingError]) -> Found | None:
+    """What the step returns; None when it raises, and the error is kept."""
+    try:
+        return step()
+    except ChannelMergingError as error:
+        errors.append(error)
+        return None
 
 
 def judge(recipe: Recipe) -> Judgement:
-    """Open the sources and draft the plan. CheckpointError when a source cannot be read at all."""
-    opened = open_sources(recipe)
+    """Open the sources and draft the plan; all that a run would refuse at once is in ``problems``.
+
+    Without every source there is no plan: then the error is raised, together with what else is wrong.
+    """
+    errors: list[ChannelMergingError] = []
+    for check in (check_places, check_queries):
+        _attempted(partial(check, recipe), errors)
+    opened = _attempted(lambda: open_sources(recipe), errors)
+    if opened is None:
+        raise together(errors)
     draft = draft_plan(recipe, opened)
-    problems, notes = [*draft.problems], [*draft.plan.notes]
+    notes = list(draft.plan.notes)
+    if draft.problems:
+        errors.append(PlanError.listing("base and experts cannot be merged", draft.problems))
     if all(
         checkpoint.folder.is_local for checkpoint in opened.checkpoints
     ):  # else the run compares them, once they are fetched
-        try:
-            notes += _vocabulary_notes(opened, draft)
-        except PlanError as error:
-            problems += error.problems
+        notes += _attempted(lambda: _vocabulary_notes(opened, draft), errors) or []
     elif draft.plan.tensors:
         notes.append("token strings are compared when the run has fetched the tokenizers")
-    return Judgement(recipe, opened, draft, forecast(recipe, opened, draft.plan), tuple(problems), tuple(notes))
+    return Judgement(recipe, opened, draft, forecast(recipe, opened, draft.plan), tuple(errors), tuple(notes))
 
 
 def _vocabulary_notes(opened: Opened, draft: Draft) -> list[str]:
@@ -85,64 +118,80 @@ def document(found: Judgement) -> dict[str, Any]:
     }
 
 
-TENSOR_HEADINGS = ["tensor", "", "policy", "why", "groups", "dtype", "shape", "channels"]
+def refusal(recipe: Recipe | None, error: ChannelMergingError) -> dict[str, Any]:
+    """The same document where no plan could be made: the recipe is wrong (None), or a source cannot be opened."""
+    return {
+        "name": recipe.name if recipe else None,
+        "possible": False,
+        "problems": list(listed(error)),
+        "sources": [],
+        "experts": list(recipe.expert_names) if recipe else [],
+        "tensors": [],
+        "totals": None,
+        "notes": [],
+    }
+
+
+SPARE = ("why", "dtype")
+"""Columns of the tensors that a narrow terminal goes without."""
 
 
 def _cells(tensor: TensorPlan) -> list[str]:
+    policy = f"merge, K={tensor.groups}" if tensor.policy == "merge" else tensor.policy
     axis = "-" if len(tensor.shape) < 2 else f"axis {tensor.channel_axis}"
-    rows = (
-        {info.rows for info in tensor.experts.values()} - {tensor.base_rows} if tensor.base and len(tensor.shape) > 1 else set()
-    )
-    shape = "x".join(map(str, tensor.shape)) + "".join(f", {count} rows" for count in sorted(rows))
+    shapes = {tensor.shape, *(info.shape for info in tensor.experts.values())}
+    first, *others = map(str, tensor.shape or (1,))
+    if len(shapes) > 1 and len({shape[1:] for shape in shapes}) == 1:  # rows for tokens that not all have
+        first = f"{min(shapes)[0]}-{max(shapes)[0]}"
     dtypes = "/".join(dict.fromkeys([tensor.dtype, *(info.dtype for info in tensor.experts.values())]))
-    return [tensor.policy, tensor.reason, str(tensor.groups or "-"), dtypes, shape, axis]
+    return [policy, tensor.reason, dtypes, "x".join((first, *others)), axis]
 
 
-def tensor_rows(found: Judgement, *, every: bool) -> list[list[str]]:
-    """A line per tensor, or per kind of tensor that all layers have; refused ones each for themselves, first."""
-    lines = [[name, "", "refused", "; ".join(why), "-", "-", "-", "-"] for name, why in found.draft.refused.items()]
-    alike: dict[tuple[str, ...], int] = {}
-    for tensor in found.draft.plan.tensors.values():
-        key = (tensor.name if every else NUMBER.sub("*", tensor.name), *_cells(tensor))
-        alike[key] = alike.get(key, 0) + 1
-    return lines + [[name, f"x{count}" if count > 1 else "", *cells] for (name, *cells), count in alike.items()]
+def tensor_table(found: Judgement, *, every: bool) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a line per tensor or per kind of tensor that layers have; refused ones first.
 
-
-SOURCE_HEADINGS = ["", "source", "what", "dtypes", "parameters", "vocabulary", "to fetch"]
-
-
-def source_rows(found: Judgement) -> list[list[str]]:
-    """A line per checkpoint."""
-    return [
-        [
-            source.label,
-            source.place,
-            source.kind + (", tied" if source.tied else ""),
-            ", ".join(f"{dtype} x{count}" for dtype, count in source.dtypes.items()),
-            f"{source.parameters:,}",
-            "-" if source.vocabulary is None else f"{source.vocabulary:,}",
-            _size(source.fetch) if source.fetch else "-",
-        ]
-        for source in found.forecast.sources
+    The axis of output channels is a column only where it is not the first of every tensor.
+    """
+    lines = [(name, ["refused", "-", "-", counted(len(why), "problem"), "-"]) for name, why in found.draft.refused.items()]
+    lines += [(tensor.name, _cells(tensor)) for tensor in found.draft.plan.tensors.values()]
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, cells in lines:
+        alike.setdefault((name if every else NUMBER.sub("*", name), *cells), []).append(name)
+    headings = ["tensor", "", "policy", "why", "dtype", "shape", "channels"]
+    rows = [
+        [name if len(names) > 1 else names[0], f"x{len(names)}" if len(names) > 1 else "", *cells]
+        for (name, *cells), names in alike.items()
     ]
+    if all(row[-1] in ("-", "axis 0") for row in rows):
+        return headings[:-1], [row[:-1] for row in rows]
+    return headings, rows
 
 
-def _size(count: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if count >= size:
-            return f"{count / size:,.2f} {unit}"
-    return f"{count:,} bytes"
+def source_lines(found: Judgement) -> list[tuple[str, str]]:
+    """Per checkpoint, where it lies and what it is."""
+    lines = []
+    for source in found.forecast.sources:
+        facts = [
+            source.kind + (", tied" if source.tied else ""),
+            *(f"{dtype} x{count}" for dtype, count in source.dtypes.items()),
+            counted(source.parameters, "parameter"),
+        ]
+        if source.vocabulary is not None:
+            facts.append(f"vocabulary {source.vocabulary:,}")
+        if source.fetch:
+            facts.append(f"{size(source.fetch)} to fetch")
+        lines.append((f"{source.label}: {source.place}", ", ".join(facts)))
+    return lines
 
 
 def totals(found: Judgement) -> list[str]:
     """What it would cost, a line each."""
     numbers = found.forecast
-    share = f"{numbers.pool:,} of {numbers.experts:,} parameters ({100 * numbers.ratio:.1f} %)"
-    held = f"{numbers.peak / 2**20:,.0f} MiB of {numbers.budget / 2**20:,.0f} MiB"
+    share = f"{numbers.pool:,} of {counted(numbers.experts, 'parameter')} ({100 * numbers.ratio:.1f} %)"
     return [
-        f"to fetch: {_size(numbers.fetch)}",
-        f"delta store: at most {_size(numbers.deltas)} (before compression)",
-        f"artifact: at most {_size(numbers.artifact)}, {share}",
-        f"work: {numbers.blocks} blocks; a task holds at most {held}"
+        f"to fetch: about {size(numbers.fetch)}" if numbers.fetch else "to fetch: nothing",
+        f"delta store: at most {size(numbers.deltas)} (before compression)",
+        f"artifact: at most {size(numbers.artifact)} (beside its manifest and card), {share}",
+        f"work: {counted(numbers.blocks, 'block')}; a task holds at most {size(numbers.peak)} of {size(numbers.budget)}"
         + (f" ({numbers.peak_tensor})" if numbers.peak_tensor else ""),
     ]

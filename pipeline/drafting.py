@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from pipeline import memory
-from pipeline.opening import Opened
+from pipeline.opening import Opened, try_sources
 from pipeline.plan import MergePlan, TensorPlan
 from pipeline.recipe import AUTO, ROUNDING, Recipe, rule_for
-from pipeline.roles import is_head, is_vocabulary, natural_order, tie_partner
+from pipeline.roles import is_head, is_task_part, is_vocabulary, natural_order, tie_partner
 from storage.checkpoint import Checkpoint
-from storage.errors import PlanError
+from storage.errors import CheckpointError, PlanError, SourceError
 from storage.layout import DTYPES
 from storage.tensors import BaseRows, TensorInfo
 
 CONFIG_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-OPTIONAL = {"buffer", "head"}
-"""Kinds that a checkpoint may lack: what is computed on loading, and heads of other tasks. Its LM head is not among them."""
+WITH_HEAD = re.compile("CausalLM|LMHead|MaskedLM|ConditionalGeneration|PreTraining|Seq2SeqLM")
+"""In the names of architectures that have a LM head."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def _config_problems(base: Checkpoint, expert: Checkpoint) -> list[str]:
 def _adapter_problems(expert: Checkpoint) -> list[str]:
     """A head of its own beside a configuration, its base's, by which nobody would read it."""
     own = [name for name, info in expert.tensors.items() if is_head(name) and not isinstance(info.data, BaseRows)]
-    if not (expert.is_adapter and expert.tied and own and tie_partner(own[0], expert.tensors)):
+    if not (expert.is_adapter and own and is_tied(expert) and tie_partner(own[0], expert.tensors)):
         return []
     remedy = "merge it with peft, untie the merged model (config.tie_word_embeddings = False) and give that"
     return [
@@ -53,18 +54,28 @@ def _adapter_problems(expert: Checkpoint) -> list[str]:
     ]
 
 
-def _may_lack(tensor: TensorPlan) -> bool:
-    """Whether an expert without this tensor is whole: a rule says so, or what it is."""
-    return tensor.policy == "private" and (
-        tensor.reason.startswith("rule") or (tensor.kind in OPTIONAL and not is_head(tensor.name))
-    )
+def _generates(checkpoint: Checkpoint) -> bool:
+    """Whether its architecture has a LM head, as far as its config tells."""
+    named = checkpoint.config.get("architectures")
+    return not isinstance(named, list) or not named or any(WITH_HEAD.search(str(name)) for name in named)
+
+
+def _may_lack(tensor: TensorPlan, checkpoint: Checkpoint) -> bool:
+    """Whether an expert without this tensor is whole: a rule says so, or it is computed on loading, or for another task."""
+    if tensor.policy != "private":
+        return False
+    optional = tensor.kind == "buffer" or is_task_part(tensor.name) or (is_head(tensor.name) and not _generates(checkpoint))
+    return optional or tensor.reason.startswith("rule")
 
 
 def _fits(tensor: TensorPlan, info: TensorInfo) -> bool:
-    """Whether an expert's tensor has the shape it must have: the base's, or that with other numbers of tokens."""
+    """Whether an expert's tensor has the shape it must have: the base's, or that with other numbers of tokens or classes."""
     if info.shape == tensor.shape:
         return True
-    if not is_vocabulary(tensor.name) or info.shape[1:] != tensor.shape[1:] or len(info.shape) < 2:
+    same_width = info.shape[1:] == tensor.shape[1:] and (len(info.shape) > 1 or info.channel_axis < 0)
+    if tensor.policy == "private" and same_width and (is_task_part(tensor.name) or tensor.reason.startswith("rule")):
+        return True
+    if not is_vocabulary(tensor.name) or not same_width:
         return False
     return tensor.policy == "private" or (tensor.policy == "merge" and info.rows > tensor.base_rows)
 
@@ -76,14 +87,16 @@ def _shape_problems(tensor: TensorPlan, base: Checkpoint, experts: Mapping[str, 
     for expert, checkpoint in experts.items():
         info = tensor.experts.get(expert)
         if info is None:
-            if name in base.tensors and not tied_to(name, checkpoint) and not _may_lack(tensor):
+            if name in base.tensors and not tied_to(name, checkpoint) and not _may_lack(tensor, checkpoint):
                 remedy = "complete the checkpoint, or make the tensor private by a rule"
                 problems.append(f"{checkpoint.label}: tensor {name} is missing: expected shape {list(tensor.shape)}; {remedy}")
             elif tensor.policy == "merge":
-                problems.append(f"{checkpoint.label}: tensor {name} is missing and cannot be merged; make it private by a rule")
+                why = "is tied to another" if tied_to(name, checkpoint) else "is missing"
+                problems.append(f"{checkpoint.label}: tensor {name} {why} and cannot be merged; make it private by a rule")
         elif not _fits(tensor, info):
+            whose = "as in the base" if tensor.base else f"as in expert {next(iter(tensor.experts))}"
             problems.append(
-                f"{checkpoint.label}: tensor {name}: expected shape {list(tensor.shape)}, got {list(info.shape)}; "
+                f"{checkpoint.label}: tensor {name}: expected shape {list(tensor.shape)} {whose}, got {list(info.shape)}; "
                 "is it an expert of this base?"
             )
     return problems
@@ -132,17 +145,16 @@ def _notes(tensor: TensorPlan, experts: Mapping[str, Checkpoint]) -> list[str]:
     for expert, info in tensor.experts.items():
         if tensor.base and info.rows > tensor.base_rows:
             extra = info.rows - tensor.base_rows
-            notes.append(
-                f"expert {expert}: {tensor.name} has {extra} rows beyond the base's {tensor.base_rows}; they stay private"
-            )
+            rows = "1 row" if extra == 1 else f"{extra} rows"
+            notes.append(f"expert {expert}: {tensor.name} has {rows} beyond the base's {tensor.base_rows}, which stay its own")
         elif tensor.base and info.rows < tensor.base_rows:
             notes.append(
                 f"expert {expert}: {tensor.name} has {info.rows} of the base's {tensor.base_rows} rows; it keeps these"
             )
-    if tensor.base and _may_lack(tensor):
-        absent = [name for name in experts if name not in tensor.experts and not tied_to(tensor.name, experts[name])]
-        notes += [f"expert {name}: it has no {tensor.name} ({tensor.kind}), and its export will have none" for name in absent]
-    return notes
+    absent = [
+        name for name in experts if tensor.base and name not in tensor.experts and not tied_to(tensor.name, experts[name])
+    ]
+    return notes + [f"expert {name}: it has no {tensor.name} ({tensor.kind}), and its export will have none" for name in absent]
 
 
 def _shared_notes(tensors: Iterable[TensorPlan], opened: Opened) -> list[str]:
@@ -154,7 +166,7 @@ def _shared_notes(tensors: Iterable[TensorPlan], opened: Opened) -> list[str]:
             if info.dtype != tensor.dtype:
                 cast = f"cast once from {info.dtype} to {whose} {tensor.dtype}"
                 alike.setdefault((f"expert {expert}: ", cast), []).append(tensor.name)
-        if note := opened.roles[tensor.name].note:
+        if (note := opened.roles[tensor.name].note) and (tensor.base is not None or tensor.policy == "merge"):
             alike.setdefault(("", note), []).append(tensor.name)
     return [f"{who}{_several(names)}: {note}" for (who, note), names in alike.items()]
 
@@ -168,9 +180,14 @@ def _tie_notes(name: str, experts: Mapping[str, Checkpoint]) -> list[str]:
     return [f"expert {expert}: {name} is tied to {partner} and is stored once" for expert, partner in ties.items() if partner]
 
 
+def is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether the LM head is the embedding: by its config, or, where that says nothing, because no head is stored."""
+    return not any(map(is_head, checkpoint.tensors)) if checkpoint.tied is None else checkpoint.tied
+
+
 def tied_to(name: str, checkpoint: Checkpoint) -> str | None:
-    """The tensor this one is a tied copy of, by the checkpoint's own config; None when it is its own."""
-    return tie_partner(name, checkpoint.tensors) if checkpoint.tied and is_head(name) else None
+    """The tensor this one is a tied copy of; None when it is its own."""
+    return tie_partner(name, checkpoint.tensors) if is_head(name) and is_tied(checkpoint) else None
 
 
 def plan_tensor(name: str, recipe: Recipe, opened: Opened) -> TensorPlan | None:
@@ -178,12 +195,14 @@ def plan_tensor(name: str, recipe: Recipe, opened: Opened) -> TensorPlan | None:
     base, experts = opened.base, opened.experts
     holders = {n: found.tensors[name] for n, found in experts.items() if name in found.tensors and not tied_to(name, found)}
     own = base.tensors.get(name)
-    if own is None and base.tied and (partner := tie_partner(name, base.tensors)):
+    if own is None and is_head(name) and is_tied(base) and (partner := tie_partner(name, base.tensors)):
         own = replace(base.tensors[partner], name=name)
     if own is None and not holders:
         return None
     role = opened.roles[name]
     policy, reason = (role.policy, role.kind) if own is not None else ("private", f"{role.kind} that only experts have")
+    if policy == "merge" and len(holders) < len(experts) and is_task_part(name):
+        policy, reason = "private", f"{role.kind} that not all experts have"
     rule = rule_for(recipe.merge, name)
     if rule is not None and rule.policy is not None:
         policy, reason = rule.policy, f"rule {rule.match}"
@@ -259,6 +278,21 @@ def draft_plan(recipe: Recipe, opened: Opened) -> Draft:
     }
     plan = MergePlan(tuple(experts), tensors, recipe.cluster.memory, ties, opened.renamed, tuple(notes))
     return Draft(plan, refused, tuple(problems))
+
+
+def open_sources(recipe: Recipe) -> Opened:
+    """Base and experts. One error for all that cannot be opened, and for what is wrong with those that can.
+
+    CheckpointError, or SourceError when nothing but places failed.
+    """
+    opened, errors = try_sources(recipe)
+    if opened is not None and not errors:
+        return opened
+    misfits = draft_plan(recipe, opened).problems if opened is not None and opened.experts else ()
+    if len(errors) == 1 and not misfits:
+        raise errors[0]
+    kind = SourceError if all(isinstance(error, SourceError) for error in errors) and not misfits else CheckpointError
+    raise kind.listing("checkpoints cannot be merged", [*(p for error in errors for p in error.problems), *misfits])
 
 
 def make_plan(recipe: Recipe, opened: Opened) -> MergePlan:

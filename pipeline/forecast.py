@@ -1,27 +1,32 @@
 """What a plan will cost, before a byte of weight is fetched: transfers, store, artifact, blocks and memory. Pure sums.
 
-Bounds from above: deltas are compressed and rows with equal bits are stored once, which headers do not show.
+Bounds from above: deltas are compressed and rows with equal bits are stored once, which headers do not show. Left out are
+what the plan reads itself, and of the artifact its manifest, card and router.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import memory
+from pipeline.drafting import is_tied
+from pipeline.job import stored_base
 from pipeline.kernels.methods.byom import kept_per_row
 from pipeline.opening import Opened
 from pipeline.plan import MergePlan, TensorPlan, plan_blocks
 from pipeline.recipe import AUTO, Recipe
 from pipeline.roles import is_vocabulary
-from storage.checkpoint import Checkpoint
-from storage.deltas import BINS, DIGEST_BYTES, base_group, expert_group
-from storage.layout import DTYPES, is_transposed
+from storage.checkpoint import ADAPTER, Checkpoint
+from storage.deltas import BINS, DIGEST_BYTES, base_group, expert_group, is_whole
+from storage.layout import DTYPES
 from storage.tensors import BaseRows, FileRows, LowRank, TensorInfo, is_low_rank
 
 INDEX_BYTES = 4
 """Of one channel's entry in an expert's row index, and of one column of a residue."""
+NAMED_BYTES = 160
+"""Beside its name, what a tensor takes in a header or an index, at most."""
 
 
 @dataclass(frozen=True)
@@ -70,16 +75,42 @@ class Forecast:
         return self.pool / self.experts if self.experts else 0.0
 
 
-def fetched_bytes(info: TensorInfo) -> int:
-    """Bytes of a tensor that are read from its own source."""
-    if isinstance(info.data, FileRows):
-        return info.nbytes
-    if isinstance(info.data, LowRank):
-        return info.data.a.nbytes + info.data.b.nbytes
-    return 0
+def fetched_bytes(infos: Sequence[TensorInfo], budget: int) -> int:
+    """Bytes of one source's tensors that ingest reads from it, what is read twice counted twice."""
+    total = 0
+    named = {info.name: info for info in infos}
+    for piece in (piece for block in plan_blocks(infos, memory.block_elements(budget, 1)) for piece in block.pieces):
+        info = named[piece.tensor]
+        row_bytes = info.width * DTYPES[info.dtype].size
+        if isinstance(info.data, LowRank):
+            whole = (info.data.a, info.data.b) if info.data.transposed else (info.data.a,)
+            total += sum(factor.nbytes for factor in whole)
+            total += (
+                0 if info.data.transposed else (piece.stop - piece.start) * info.data.b.width * DTYPES[info.data.b.dtype].size
+            )
+        elif info.matrix_rows:
+            total += (-(-piece.stop // info.matrix_rows) - piece.start // info.matrix_rows) * info.slab_bytes
+        elif isinstance(info.data, FileRows):
+            total += (piece.stop - piece.start) * row_bytes
+    return total
 
 
-def _source(checkpoint: Checkpoint, used: Iterable[TensorInfo], stored: bool) -> SourceForecast:
+def _fetch(checkpoint: Checkpoint, infos: Sequence[TensorInfo], budget: int, *, stored: bool) -> int:
+    """Bytes of one source that come over the network: weights that are not in the store, and the files beside them."""
+    if checkpoint.folder.is_local:
+        return 0
+    beside = sum(checkpoint.folder.file(name).size for name in checkpoint.side_files)
+    if stored:
+        return beside
+    factors = {part for info in infos if isinstance(info.data, LowRank) for part in (info.data.a, info.data.b)}
+    copies = 0
+    if checkpoint.is_adapter:  # it may hold copies of the base's tensors, which are compared with them
+        held = sum(part.nbytes for part in factors) + sum(i.nbytes for i in infos if isinstance(i.data, FileRows))
+        copies = max(checkpoint.folder.file(ADAPTER).size - held, 0)
+    return beside + copies + fetched_bytes(infos, budget)
+
+
+def _source(checkpoint: Checkpoint, fetch: int) -> SourceForecast:
     tensors = checkpoint.tensors.values()
     own = [info for info in tensors if not isinstance(info.data, BaseRows)] if checkpoint.is_adapter else list(tensors)
     dtypes: dict[str, int] = {}
@@ -87,7 +118,6 @@ def _source(checkpoint: Checkpoint, used: Iterable[TensorInfo], stored: bool) ->
         kind = info.data.a.dtype if isinstance(info.data, LowRank) else info.dtype
         dtypes[kind] = dtypes.get(kind, 0) + 1
     rows = [info.rows for name, info in checkpoint.tensors.items() if is_vocabulary(name) and len(info.shape) > 1]
-    fetch = 0 if checkpoint.folder.is_local or stored else sum(map(fetched_bytes, used))
     return SourceForecast(
         checkpoint.label,
         checkpoint.folder.place,
@@ -95,20 +125,19 @@ def _source(checkpoint: Checkpoint, used: Iterable[TensorInfo], stored: bool) ->
         dtypes,
         sum(info.rows * info.width for info in tensors),
         max(rows, default=None),
-        checkpoint.tied,
+        is_tied(checkpoint),
         fetch,
     )
 
 
-def pool_rows(tensor: TensorPlan, experts: int) -> int:
-    """Rows of a tensor's pool, at most."""
-    held = sum(info.rows for info in tensor.experts.values())
+def pool_rows(tensor: TensorPlan, experts: int) -> tuple[int, int]:
+    """Rows of a tensor's pool, at most: of channels that the base has, and beyond."""
     if tensor.policy == "base":
-        return tensor.base_rows
+        return tensor.base_rows, 0
+    extra = sum(max(info.rows - tensor.base_rows, 0) for info in tensor.experts.values())
     if tensor.policy == "merge" and tensor.groups != AUTO:
-        extra = sum(max(info.rows - tensor.base_rows, 0) for info in tensor.experts.values())
-        return min(tensor.groups, experts) * tensor.base_rows + extra
-    return held
+        return min(tensor.groups, experts) * tensor.base_rows, extra
+    return sum(info.rows for info in tensor.experts.values()) - extra, extra
 
 
 def _store_bytes(info: TensorInfo) -> int:
@@ -121,16 +150,36 @@ def _store_bytes(info: TensorInfo) -> int:
 def _pool_entries(recipe: Recipe, plan: MergePlan) -> dict[str, int]:
     """Tensor -> entries of its pool, at most; a budget bounds those whose K is chosen together."""
     count = len(plan.experts)
-    found = {tensor.name: pool_rows(tensor, count) * tensor.width for tensor in plan.tensors.values()}
+    rows = {tensor.name: pool_rows(tensor, count) for tensor in plan.tensors.values()}
+    shared = {tensor.name: rows[tensor.name][0] * tensor.width for tensor in plan.tensors.values()}
     merged = [tensor for tensor in plan.merged if tensor.groups == AUTO]
     if recipe.merge.budget is not None and merged:
         everything = sum(tensor.base_rows * tensor.width for tensor in plan.merged) * count
-        fixed = sum(found[tensor.name] for tensor in plan.merged if tensor.groups != AUTO)
+        fixed = sum(shared[tensor.name] for tensor in plan.merged if tensor.groups != AUTO)
         allowed = max(int(recipe.merge.budget * everything) - fixed, 0)
-        asked = sum(found[tensor.name] for tensor in merged)
+        asked = sum(shared[tensor.name] for tensor in merged)
         for tensor in merged:
-            found[tensor.name] = min(found[tensor.name], int(found[tensor.name] * allowed / asked) + 1)
-    return found
+            shared[tensor.name] = min(shared[tensor.name], int(shared[tensor.name] * allowed / asked) + 1)
+    return {tensor.name: shared[tensor.name] + rows[tensor.name][1] * tensor.width for tensor in plan.tensors.values()}
+
+
+def _tables(recipe: Recipe) -> int:
+    """Tables of pairs of a tensor's experts, at most: Gram matrices, or another beside them."""
+    return 2 if recipe.merge.metric == "manhattan" or recipe.merge.clustering == "sign" else 1
+
+
+def _artifact_bytes(plan: MergePlan, opened: Opened, entries: Mapping[str, int]) -> int:
+    """Pool, row indices, headers and the files beside the weights, adapters' from their base where they have none."""
+    tensors = plan.tensors.values()
+    pool = sum(entries[tensor.name] * DTYPES[tensor.dtype].size for tensor in tensors)
+    indices = sum(info.rows for tensor in tensors for info in tensor.experts.values()) * INDEX_BYTES
+    named = sum(len(tensor.name.encode()) + NAMED_BYTES for tensor in tensors)
+    beside = 0
+    for expert in opened.experts.values():
+        owners = (opened.base, expert) if expert.is_adapter else (expert,)
+        sizes = {name: owner.folder.file(name).size for owner in owners for name in owner.side_files}
+        beside += sum(sizes.values())
+    return pool + indices + named * (2 + len(opened.experts)) + beside
 
 
 def _blocks(plan: MergePlan, base: Iterable[TensorInfo]) -> int:
@@ -146,38 +195,34 @@ def _blocks(plan: MergePlan, base: Iterable[TensorInfo]) -> int:
 def forecast(recipe: Recipe, opened: Opened, plan: MergePlan) -> Forecast:
     """What carrying out the plan will move and hold."""
     deltas, count = Path(recipe.deltas), len(plan.experts)
-    base_id = opened.base.folder.id
-    needed = {tensor.base.data: tensor.base for tensor in plan.tensors.values() if tensor.base is not None}
-    copied = [
-        info for info in needed.values() if not opened.base.folder.is_local or is_transposed(info.shape, info.channel_axis)
-    ]
-    stored = base_id is not None and base_group(deltas, base_id).complete
-    sources = [_source(opened.base, needed.values(), stored)]
+    base, base_id = opened.base, opened.base.folder.id
+    copied = stored_base(base)
+    whole = base_id is not None and is_whole(base_group(deltas, base_id), copied)
+    sources = [_source(base, _fetch(base, list(copied.values()), plan.memory, stored=whole))]
     for name, expert in opened.experts.items():
-        used = [tensor.experts[name] for tensor in plan.tensors.values() if name in tensor.experts]
-        known = base_id is not None and expert.folder.id is not None
-        sources.append(_source(expert, used, known and expert_group(deltas, str(base_id), str(expert.folder.id)).complete))
-    store = sum(map(_store_bytes, copied))
+        used = {tensor.name: tensor.experts[name] for tensor in plan.tensors.values() if name in tensor.experts}
+        ids = (base_id, expert.folder.id)
+        whole = None not in ids and is_whole(expert_group(deltas, str(ids[0]), str(ids[1])), used)
+        sources.append(_source(expert, _fetch(expert, list(used.values()), plan.memory, stored=whole)))
+    store = sum(map(_store_bytes, copied.values()))
     store += sum(_store_bytes(info) for tensor in plan.tensors.values() for info in tensor.experts.values())
-    store += sum(tensor.base_rows * count * count * 8 for tensor in plan.clustered)
+    store += sum(tensor.base_rows * count * count * 8 for tensor in plan.clustered) * _tables(recipe)
     entries = _pool_entries(recipe, plan)
-    pool_bytes = sum(entries[tensor.name] * DTYPES[tensor.dtype].size for tensor in plan.tensors.values())
-    indices = sum(info.rows for tensor in plan.tensors.values() for info in tensor.experts.values()) * INDEX_BYTES
     residue = residue_bytes = 0
     for tensor in plan.combined if recipe.merge.method == "byom" else ():
         kept = kept_per_row(recipe.merge.keep, tensor.width) * tensor.base_rows * count
         residue += kept
-        residue_bytes += kept * (INDEX_BYTES + DTYPES[tensor.dtype].size)
+        residue_bytes += kept * (INDEX_BYTES + DTYPES[tensor.dtype].size) + 2 * count * (len(tensor.name) + NAMED_BYTES)
     peaks = {tensor.name: memory.peak(plan.memory, tensor, count) for tensor in plan.tensors.values()}
     worst = max(peaks, key=lambda name: peaks[name], default="")
     return Forecast(
         tuple(sources),
         sum(source.fetch for source in sources),
         store,
-        pool_bytes + indices + residue_bytes,
+        _artifact_bytes(plan, opened, entries) + residue_bytes,
         sum(entries.values()) + residue,
         sum(source.parameters for source in sources[1:]),
-        _blocks(plan, copied),
+        _blocks(plan, copied.values()),
         peaks.get(worst, 0),
         worst,
         plan.memory,

@@ -9,18 +9,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.drafting import make_plan
-from pipeline.opening import Opened, open_sources
+from pipeline.drafting import make_plan, open_sources
+from pipeline.opening import Opened
 from pipeline.plan import MergePlan, TensorPlan
 from pipeline.recipe import Recipe
 from pipeline.vocabulary import compare_vocabularies
 from storage.artifact import WORK, check_output
-from storage.checkpoint import Checkpoint, check_adapter
+from storage.checkpoint import Checkpoint
 from storage.deltas import StoredRows, base_group
 from storage.digests import DigestCache, digest_of, short_id, stamp
 from storage.errors import ChannelMergingError, CheckpointError, OutputExistsError, PlanError, QueryDataError
 from storage.files import Folder, is_same
-from storage.layout import ARTIFACT_FORMAT, is_transposed
+from storage.layout import ARTIFACT_FORMAT, DTYPES, is_transposed
 from storage.tensors import TensorInfo
 
 COMPUTING_PACKAGES = ("numpy", "numba", "torch", "scikit-learn", "dask-ml", "mmh3")
@@ -41,6 +41,7 @@ class Source:
     side: Mapping[str, Path]
     """Local copies of configuration and tokenizer; an adapter has its base's where it has none of its own."""
     parameters: int
+    is_adapter: bool
 
 
 def check_unchanged(label: str, source: Source) -> None:
@@ -113,24 +114,38 @@ def _inputs(recipe: Recipe, base: Source, experts: Mapping[str, Source], queries
     return digest_of(covered)
 
 
-def _check_places(recipe: Recipe) -> None:
+def check_places(recipe: Recipe) -> None:
+    """OutputExistsError when delta store or output would be written into something that is not ours."""
     check_output(Path(recipe.output))
     deltas = Path(recipe.deltas)
     if deltas.exists() and not deltas.is_dir():
         raise OutputExistsError(f"deltas {deltas} is a file, not a folder. Choose another place for the delta store.")
 
 
-def _identified(opened: Opened, base: Source | None, checkpoint: Checkpoint) -> Source:
+def _identified(base: Source | None, checkpoint: Checkpoint) -> Source:
     """A checkpoint's content by its digests."""
     folder = checkpoint.folder
     stamps = folder.stamps(checkpoint.files)
     files = folder.identities(checkpoint.files)
     side = folder.local(checkpoint.side_files)
     if checkpoint.is_adapter and base is not None:
-        check_adapter(checkpoint, opened.base)
         side = {**base.side, **side}
     entries = sum(info.rows * info.width for info in checkpoint.tensors.values())
-    return Source(folder, folder.id or short_id(files), files, stamps, side, entries)
+    return Source(folder, folder.id or short_id(files), files, stamps, side, entries, checkpoint.is_adapter)
+
+
+def stored_base(base: Checkpoint) -> dict[str, TensorInfo]:
+    """The base's tensors that are copied into the store: all of a remote one, those stored (in, out) of a local one.
+
+    Whatever a recipe uses of them: recipes of one base share the copy.
+    """
+    return {
+        name: info
+        for name, info in base.tensors.items()
+        if info.dtype in DTYPES
+        and 0 not in info.shape
+        and (not base.folder.is_local or is_transposed(info.shape, info.channel_axis))
+    }
 
 
 def _with_stored_base(recipe: Recipe, plan: MergePlan, opened: Opened, base: Source) -> tuple[MergePlan, dict[str, TensorInfo]]:
@@ -140,15 +155,13 @@ def _with_stored_base(recipe: Recipe, plan: MergePlan, opened: Opened, base: Sou
     """
     names = {info.data: name for name, info in opened.base.tensors.items()}
     group = base_group(Path(recipe.deltas), base.id).path
-    stored: dict[str, TensorInfo] = {}
+    stored = stored_base(opened.base)
     tensors: dict[str, TensorPlan] = {}
     for name, tensor in plan.tensors.items():
         own = tensor.base
-        if own is not None and not (opened.base.folder.is_local and not is_transposed(own.shape, own.channel_axis)):
-            array = names[own.data]  # of a tied tensor, its partner
-            stored[array] = replace(own, name=array)
-            tensor = replace(tensor, base=replace(own, data=StoredRows(group, array)))  # noqa: PLW2901
-        tensors[name] = tensor
+        array = "" if own is None else names[own.data]  # of a tied tensor, its partner
+        kept = own is not None and array in stored
+        tensors[name] = replace(tensor, base=replace(own, data=StoredRows(group, array))) if own and kept else tensor
     return replace(plan, tensors=tensors), stored
 
 
@@ -191,11 +204,11 @@ def resolve(recipe: Recipe, *more_checks: Callable[[Recipe], object]) -> Job:
 
     ``more_checks`` are the caller's own; what they raise is listed with the rest.
     """
-    opened, plan = _checked(recipe, (_check_places, *more_checks, _opened_and_planned))[-1]
+    opened, plan = _checked(recipe, (check_places, *more_checks, _opened_and_planned))[-1]
     recipe = _pinned(recipe, opened)
-    base = _identified(opened, None, opened.base)
+    base = _identified(None, opened.base)
     with ThreadPoolExecutor(len(opened.experts)) as pool:
-        found = pool.map(lambda checkpoint: _identified(opened, base, checkpoint), opened.experts.values())
+        found = pool.map(lambda checkpoint: _identified(base, checkpoint), opened.experts.values())
         sources = dict(zip(opened.experts, found, strict=True))
     mutable = any(source.stamps for source in (base, *sources.values()))
     if mutable and open_sources(recipe) != opened:  # headers were read before the stamps were taken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,6 +13,9 @@ from storage.adapters import ADAPTER_CONFIG
 from storage.checkpoint import Checkpoint, open_checkpoint
 from storage.errors import ChannelMergingError, CheckpointError, SourceError
 from storage.sources import open_folder
+
+LEGACY = re.compile(r"(LayerNorm\.)(gamma|beta)$")
+"""Ends of names that old BERT checkpoints have."""
 
 
 @dataclass(frozen=True)
@@ -37,23 +41,27 @@ def _roles_of(checkpoint: Checkpoint) -> dict[str, Role]:
 
 def oriented(checkpoint: Checkpoint, known: Mapping[str, Role]) -> Checkpoint:
     """The checkpoint with the axis of output channels of every tensor."""
-    tensors = {
-        name: replace(info, channel_axis=known[name].channel_axis if len(info.shape) > 1 else 0)
-        for name, info in checkpoint.tensors.items()
-    }
-    return replace(checkpoint, tensors=tensors)
+    return replace(
+        checkpoint,
+        tensors={name: replace(info, channel_axis=known[name].channel_axis) for name, info in checkpoint.tensors.items()},
+    )
+
+
+def _modern(name: str) -> str:
+    """The name that transformers gives a tensor of an old checkpoint on loading."""
+    return LEGACY.sub(lambda found: found[1] + {"gamma": "weight", "beta": "bias"}[found[2]], name)
 
 
 def _names_in_base(base: Checkpoint, expert: Checkpoint) -> dict[str, str]:
     """Own name -> the base's name for it. A model with a head stores its body under a prefix, a bare one does not."""
-    names, known = expert.tensors.keys(), base.tensors.keys()
-    best = {name: name for name in names}
+    names, known = expert.tensors.keys(), {_modern(name): name for name in base.tensors}
+    best: dict[str, str] = {name: known.get(_modern(name), name) for name in names}
     for prefix in sorted({f"{name.partition('.')[0]}." for name in (*names, *known)}):
         for found in (
-            {name: name.removeprefix(prefix) if name.removeprefix(prefix) in known else name for name in names},
-            {name: prefix + name if prefix + name in known else name for name in names},
+            {name: known.get(_modern(name).removeprefix(prefix), name) for name in names},
+            {name: known.get(prefix + _modern(name), name) for name in names},
         ):
-            better = len(known & set(found.values())) > len(known & set(best.values()))
+            better = len(base.tensors.keys() & set(found.values())) > len(base.tensors.keys() & set(best.values()))
             if better and len(set(found.values())) == len(names):
                 best = found
     return best
@@ -78,14 +86,16 @@ def arrange(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Opened:
     placed: dict[str, Checkpoint] = {}
     for name, expert in sorted(experts.items()):
         placed[name], renamed[name] = _aligned(base, expert)
-        if placed[name].tensors.keys() - known.keys():
-            known = {**_roles_of(placed[name]), **known}
+        others = placed[name].tensors.keys() - known.keys()
+        found = _roles_of(placed[name]) if others else {}
+        # which expert is first depends on the recipe: only the base says that a matrix is stored (in, out)
+        known |= {other: replace(found[other], channel_axis=min(found[other].channel_axis, 0)) for other in others}
     everyone = {name: oriented(expert, known) for name, expert in placed.items()}
     return Opened(oriented(base, known), everyone, known, renamed)
 
 
-def open_sources(recipe: Recipe) -> Opened:
-    """Base and experts. One error for all that cannot be opened: CheckpointError, or SourceError when only places failed."""
+def try_sources(recipe: Recipe) -> tuple[Opened | None, list[ChannelMergingError]]:
+    """Base and those experts that can be opened, and what is wrong with the others; None without a base."""
     places = {"base": recipe.base} | {f"expert {name}": recipe.experts[name].source for name in recipe.expert_names}
 
     def opened(label: str) -> Checkpoint:
@@ -99,24 +109,15 @@ def open_sources(recipe: Recipe) -> Opened:
         futures = {}
         for label in places:  # the base first: adapters wait for it
             futures[label] = pool.submit(opened, label)
+    found: dict[str, Checkpoint] = {}
     errors: dict[str, ChannelMergingError] = {}
-    for future in futures.values():
+    for label, future in futures.items():
         try:
-            future.result()
+            found[label] = future.result()
         except (CheckpointError, SourceError) as error:
-            errors[str(error)] = error
-    if errors:
-        raise _together(list(errors.values()))
-    found = [future.result() for future in futures.values()]
-    return arrange(found[0], dict(zip(recipe.expert_names, found[1:], strict=True)))
-
-
-def _together(errors: list[ChannelMergingError]) -> ChannelMergingError:
-    if len(errors) == 1:
-        return errors[0]
-    kind = CheckpointError if any(isinstance(error, CheckpointError) for error in errors) else SourceError
-    problems = []
-    for error in errors:
-        label = str(error).partition(":")[0]
-        problems += [f"{label}: {problem}" for problem in error.problems] or [str(error)]
-    return kind.listing("checkpoints cannot be read", problems)
+            if str(error) not in errors:  # an adapter fails with its base
+                told = error.problems or (str(error),)
+                error.problems = tuple(text if text.startswith(label) else f"{label}: {text}" for text in told)
+                errors[str(error)] = error
+    experts = {name: found[f"expert {name}"] for name in recipe.expert_names if f"expert {name}" in found}
+    return (arrange(found["base"], experts) if "base" in found else None), list(errors.values())

@@ -76,6 +76,11 @@ class TensorPlan:
         return self.reference.channel_axis
 
     @property
+    def matrix_rows(self) -> int:
+        """Rows that cannot be read without others: none, as the plan's tensors are read from the store."""
+        return 0
+
+    @property
     def slab_bytes(self) -> int:
         """Bytes of the largest matrix that is read whole to be transposed."""
         return max(info.slab_bytes for info in (self.reference, *self.experts.values()))
@@ -97,6 +102,12 @@ class Tall(Protocol):
     def width(self) -> int: ...
     @property
     def chunk_rows(self) -> int: ...
+    @property
+    def matrix_rows(self) -> int: ...
+
+
+MATRICES = 8
+"""Matrices stored (in, out) in one piece, at least: where a piece ends inside of one, both its neighbours read it whole."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +170,10 @@ def plan_blocks(tensors: Iterable[Tall], max_elements: int) -> list[Block]:
         pieces: list[Piece] = []
         size = 0
         for tensor in members:
-            step = max(max_elements // (tensor.chunk_rows * tensor.width), 1) * tensor.chunk_rows
+            chunks = max(
+                max_elements // (tensor.chunk_rows * tensor.width), -(-MATRICES * tensor.matrix_rows // tensor.chunk_rows), 1
+            )
+            step = chunks * tensor.chunk_rows
             for start in range(0, tensor.rows, step):
                 piece = Piece(tensor.name, start, min(start + step, tensor.rows))
                 elements = (piece.stop - piece.start) * tensor.width

@@ -7,175 +7,34 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import re
-import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, ValidationError
 
+from pipeline.recipe_checks import cross_check
+from pipeline.sections import (
+    AUTO,
+    ROUNDING,
+    ClusterSection,
+    ExpertSpec,
+    MergeSection,
+    Recipe,
+    RouterSection,
+    Rule,
+    parse_bytes,
+    spelled_out,
+)
 from storage.errors import RecipeError
-from storage.places import kind_of, local_path, scheme_of, split_revision
+from storage.places import kind_of, local_path
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-SIZE = re.compile(r"([0-9.]+)\s*([KMGT]?i?B)?", re.IGNORECASE)
-UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
-    f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)
-}
-
-
-def parse_bytes(value: Any) -> int:
-    """Bytes from ``2GiB``, ``500 MB`` or a plain number."""
-    match = SIZE.fullmatch(str(value).strip())
-    try:
-        if match is None:
-            raise ValueError
-        return int(float(match[1]) * UNITS[(match[2] or "B").lower()])
-    except (ValueError, KeyError, OverflowError):
-        raise ValueError(f"expected a size such as 2GiB, got {value!r}") from None
-
-
-def _name(value: str) -> str:
-    if not NAME.fullmatch(value):
-        raise ValueError("a name is letters, digits, '.', '_' and '-', and starts with a letter or digit")
-    return value
-
-
-Name = Annotated[str, AfterValidator(_name)]
-AUTO: Literal["auto"] = "auto"
-ROUNDING = 1e-9
-"""By which a share may miss what it stands for: 1/49 of 49 is less than 1."""
-
-
-def _scaling(value: Any) -> str | float:
-    if value == "mean":
-        return "mean"
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < sys.float_info.max:
-        return float(value)
-    raise ValueError("expected 'mean' or a number above 0")
-
-
-def _groups(value: Any) -> int | Literal["auto"]:
-    if value == "auto":
-        return "auto"
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return value
-    raise ValueError("expected 'auto' or a whole number from 1 on")
-
-
-def _expert(value: Any) -> Any:
-    return {"source": value} if isinstance(value, str) else value
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class ExpertSpec(_Section):
-    """One expert: its source, or a mapping with its weight in the merge."""
-
-    source: str
-    """Hub id, local folder or object store's URL, of a checkpoint or of a LoRA adapter."""
-    revision: str | None = None
-    """Of a Hub id: branch, tag or commit; as ``source: id@revision``."""
-    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-
-
-Groups = Annotated[int | Literal["auto"], PlainValidator(_groups)]
-
-
-class Rule(_Section):
-    """Overrides for tensors whose name matches a glob; the first match wins, and only the keys it names are set."""
-
-    match: str
-    policy: Literal["merge", "private", "base"] | None = None
-    groups: Groups | None = None
-
-
-class MergeSection(_Section):
-    """What is done to the deltas (paper, section 3.2)."""
-
-    groups: Groups = 2
-    """K, the number of groups per channel; ``auto`` chooses it for every channel."""
-    budget: float | None = Field(default=None, gt=0, le=1)
-    """With ``groups: auto``: entries of the pool, as a share of all experts' entries in merged tensors."""
-    granularity: Literal["channel", "layer", "model"] = "channel"
-    """What is grouped as one: an output channel, a weight matrix, or all matrices of the model."""
-    clustering: Literal["kmeans", "spherical", "sign", "random"] = "kmeans"
-    metric: Literal["cosine", "euclidean", "manhattan"] = "cosine"
-    sign: Literal["vector", "mass"] = "vector"
-    """How ``clustering: sign`` reads a delta: ``vector`` clusters the rows' signs, ``mass`` splits by the sign of their sum."""
-    method: Literal["average", "task_arithmetic", "ties", "dare", "dare_ties", "slerp", "byom"] = "dare"
-    scaling: Annotated[Literal["mean"] | float, PlainValidator(_scaling)] = "mean"
-    """``mean``: sum(w d) / sum(w) over the group; a number: lambda of Eq. 3, lambda * sum(w d)."""
-    combine: Literal["sum", "mean"] | None = None
-    """With a number as scaling, what it multiplies: the weighted sum (the default) or the weighted mean."""
-    density: float = Field(default=0.7, gt=0, le=1)
-    """Share of delta entries that TIES and DARE keep."""
-    trim_scope: Literal["row", "tensor", "model"] = "tensor"
-    """Over what TIES ranks an expert's entries by size."""
-    rescale: Literal["density", "l1"] = "density"
-    """What DARE multiplies kept entries by: 1 / density, or what restores the tensor's L1 norm."""
-    t: float = Field(default=0.5, ge=0, le=1)
-    """SLERP: how far from the first expert of a pair, by name, to the second."""
-    keep: float = Field(default=0.3, gt=0, le=1)
-    """BYOM: share of each row's entries that every expert keeps for itself."""
-    residual: Literal["merged", "delta"] = "merged"
-    """BYOM: whether the entries kept are those furthest from the merged model, or the largest of the expert's delta."""
-    singleton: Literal["keep", "scale"] = "keep"
-    """``keep``: an expert alone in its group keeps its exact row; ``scale``: it is pruned and scaled like any group."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    rules: tuple[Rule, ...] = Field(default=(), strict=False)
-
-
-class RouterSection(_Section):
-    """How the expert is picked per query."""
-
-    kind: Literal["linear", "none"] = "none"
-    queries: dict[str, str] = {}
-    """Expert -> JSONL file of lines {"text": …}."""
-
-
-class ClusterSection(_Section):
-    """Where blocks are computed. ``memory`` is the budget of one task."""
-
-    kind: Literal["local", "none"] | None = None
-    address: str | None = None
-    """A running scheduler, tcp://host:port; its workers see the same folders."""
-    workers: int | None = Field(default=None, ge=1)
-    """Worker processes of a local cluster, threads of kind none; by default one per CPU core, at most eight."""
-    memory: Annotated[int, BeforeValidator(parse_bytes)] = Field(default=2 * 1024**3, ge=1)
-    kernel: Literal["fused", "torch-cpu", "cuda"] = "fused"
-    """What computes: compiled CPU code, torch on the CPU, or torch on each worker's GPU."""
-
-    @property
-    def where(self) -> str:
-        """'local', 'none' or a scheduler's address."""
-        return self.address or self.kind or "local"
-
-
-class Recipe(_Section):
-    """A whole recipe."""
-
-    name: Name
-    base: str
-    """Hub id[@revision], local folder or object store's URL."""
-    experts: dict[Name, Annotated[ExpertSpec, BeforeValidator(_expert)]] = Field(min_length=1, max_length=64)
-    merge: MergeSection = MergeSection()
-    router: RouterSection = RouterSection()
-    allow_unrelated: bool = False
-    """Whether to go on with an expert that, by its weights, is no fine-tune of the base."""
-    deltas: str = "./deltas"
-    output: str
-    cluster: ClusterSection = ClusterSection()
-
-    @property
-    def expert_names(self) -> tuple[str, ...]:
-        """Sorted: everything is computed in this order."""
-        return tuple(sorted(self.experts))
+__all__ = [
+    "AUTO", "ROUNDING", "ClusterSection", "ExpertSpec", "MergeSection", "Recipe", "RouterSection", "Rule", "load_recipe",
+    "parse_assignment", "parse_bytes", "rule_for",
+]  # fmt: skip
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -235,7 +94,7 @@ def _apply(fields: dict[str, Any], path: str, value: Any) -> None:
     target = fields
     for position, part in enumerate(parents):
         if parents[0] == "experts" and position == 1:
-            target[part] = _expert(target.get(part, {}))  # the short form, a source alone, has no keys to set
+            target[part] = spelled_out(target.get(part, {}))  # the short form, a source alone, has no keys to set
         target = target.setdefault(part, {})
         if not isinstance(target, dict):
             raise RecipeError(f"{path}: {part} is no section of the recipe")
@@ -250,90 +109,6 @@ def _source_at(folder: Path, place: str, revision: str | None = None) -> str:
     if kind == "objects":
         return place.rstrip("/")
     return f"{place}@{revision}" if revision else place
-
-
-def _source_problems(where: str, place: str, revision: str | None, folder: Path) -> list[str]:
-    """What is wrong with how a source is written."""
-    kind = kind_of(place, folder)
-    if kind is None:
-        known = "a Hub id, a folder, or a URL of s3, gs or az"
-        return [f"{where}: sources are {known}; got the scheme {scheme_of(place)!r} in {place}"]
-    if kind == "objects" and "?" in place:
-        return [f"{where}: a URL is a bucket and a prefix; credentials and options come from the environment"]
-    if revision is not None and kind != "hub":
-        return [f"{where}.revision: only sources on the Hub have revisions, got {place}; leave it out"]
-    if revision is not None and split_revision(place)[1] is not None:
-        return [f"{where}.revision: {place} names a revision already; keep one"]
-    return []
-
-
-def _asked_groups(merge: MergeSection) -> list[tuple[str, int | Literal["auto"]]]:
-    """Every K of the recipe with its key."""
-    rules = [(f"merge.rules.{i}.groups", rule.groups) for i, rule in enumerate(merge.rules)]
-    return [("merge.groups", merge.groups), *((where, groups) for where, groups in rules if groups is not None)]
-
-
-def _group_problems(merge: MergeSection, count: int) -> list[str]:
-    """What is wrong with the number of groups, for this many experts."""
-    problems = []
-    asked = _asked_groups(merge)
-    automatic = [where for where, groups in asked if groups == AUTO]
-    for where, groups in asked:
-        if groups != AUTO and groups > count:
-            problems.append(f"{where}: expected at most {count}, the number of experts, got {groups}")
-        if merge.method == "byom" and groups != 1:
-            problems.append(f"{where}: byom keeps entries beside one merged model: expected 1, got {groups}")
-        if merge.method == "slerp" and (groups == AUTO or groups < count - 1):
-            problems.append(f"{where}: slerp merges pairs: with {count} experts expected at least {count - 1}, got {groups}")
-        if merge.clustering == "sign" and merge.sign == "mass" and groups not in (1, 2, count):
-            problems.append(f"{where}: the sign of a sum makes two groups: expected 2, got {groups}")
-    if merge.budget is not None and not automatic:
-        problems.append("merge.budget: it is spent by groups: auto; set that, or leave the budget out")
-    if merge.budget is not None and merge.budget * count < 1 - ROUNDING:
-        problems.append(f"merge.budget: one row per channel is 1/{count} of {count} experts; got {merge.budget}")
-    return problems
-
-
-def _method_problems(merge: MergeSection, experts: Mapping[str, ExpertSpec]) -> list[str]:
-    """Settings that contradict each other."""
-    problems = []
-    if merge.metric == "manhattan" and merge.clustering in ("spherical", "sign"):
-        problems.append(f"merge.metric: {merge.clustering} clustering knows cosine and euclidean, got manhattan")
-    if merge.method in ("average", "slerp") and (merge.scaling != "mean" or merge.combine is not None):
-        problems.append(f"merge.scaling: {merge.method} has no lambda; leave scaling and combine out or use task_arithmetic")
-    if merge.scaling == "mean" and merge.combine == "sum":
-        problems.append("merge.combine: scaling: mean is no sum; set scaling to a number, or combine to mean")
-    if merge.method == "slerp":
-        problems += [f"experts.{n}.weight: slerp goes by merge.t" for n, e in sorted(experts.items()) if e.weight != 1]
-        if merge.clustering == "sign" and merge.sign == "mass" and len(experts) > 2:
-            problems.append("merge.sign: slerp merges pairs, and the sign of a sum may put three experts together")
-    return problems
-
-
-def _cross_check(recipe: Recipe, folder: Path) -> list[str]:
-    names, count = recipe.experts, len(recipe.experts)
-    problems = _group_problems(recipe.merge, count) + _method_problems(recipe.merge, names)
-    problems += _source_problems("base", recipe.base, None, folder)
-    for name, spec in sorted(names.items()):
-        problems += _source_problems(f"experts.{name}", spec.source, spec.revision, folder)
-    for where, place in [("deltas", recipe.deltas), ("output", recipe.output)]:
-        if scheme_of(place) not in ("", "file"):
-            problems.append(f"{where}: only local folders can be written to, got {place}; give a folder")
-    if recipe.router.kind != "none":
-        if count < 2:
-            problems.append("router.kind: a router needs at least two experts to choose from; set it to none")
-        missing = sorted(names.keys() - recipe.router.queries.keys())
-        problems += [f"router.queries: no queries for expert {name!r}; add a file of its questions" for name in missing]
-    unknown, known = sorted(recipe.router.queries.keys() - names.keys()), ", ".join(sorted(names))
-    problems += [f"router.queries.{name}: there is no expert of that name; experts: {known}" for name in unknown]
-    folded: dict[str, str] = {}
-    for name in sorted(names):
-        if name.lower() in folded:
-            problems.append(f"experts.{name}: differs from {folded[name.lower()]!r} in case only; rename one")
-        folded[name.lower()] = name
-    if recipe.cluster.kind and recipe.cluster.address:
-        problems.append("cluster: expected kind or address, got both; keep one")
-    return problems
 
 
 def _repaired(fields: dict[str, Any], errors: Sequence[Any]) -> Recipe | None:
@@ -365,7 +140,7 @@ def _validated(headline: str, fields: dict[str, Any], folder: Path) -> Recipe:
         problems = dict.fromkeys(_problem(found) for found in error.errors())
         recipe = _repaired(fields, error.errors())
     if recipe is not None:
-        problems |= dict.fromkeys(_cross_check(recipe, folder))
+        problems |= dict.fromkeys(cross_check(recipe, folder))
     if problems or recipe is None:
         raise RecipeError.listing(headline, problems)
     return recipe

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+ENTRIES = -1
 Kind = Literal[
     "embedding", "head", "position", "linear", "fused", "conv1d", "experts", "expert", "router", "norm", "bias", "convolution",
     "buffer", "other", "unknown",
@@ -31,7 +32,8 @@ class Role:
     policy: Policy
     """The default one; a recipe's rules may say otherwise."""
     channel_axis: int = 0
-    """The axis of the output channels: 0 in ``[O, I]``, 1 in ``[I, O]`` and ``[E, O, I]``, 2 in ``[E, I, O]``."""
+    """The axis of the output channels: 0 in ``[O, I]``, 1 in ``[I, O]`` and ``[E, O, I]``, 2 in ``[E, I, O]``; -1 of vectors
+    whose entries are channels, as those of a head's bias."""
     note: str | None = None
     """What was assumed about it, if anything was."""
 
@@ -122,6 +124,18 @@ def is_vocabulary(name: str) -> bool:
     return any(pattern.search(name) for pattern in (EMBEDDING, PER_LAYER, HEAD, HEAD_BIAS))
 
 
+TASK = re.compile(
+    r"(?:^|\.)(?:pooler|cls|predictions|lm_head\.(?:dense|layer_norm)|vocab_(?:transform|layer_norm|projector)|\w*classifier|score"
+    r"|qa_outputs|seq_relationship|classification_head|pre_classifier|(?:\w+_)?(?:reward|value|regression|v)_head)(?:\.|$)"
+)
+"""What models of one family have for one task and not for another: poolers, heads and what stands before them."""
+
+
+def is_task_part(name: str) -> bool:
+    """Whether a checkpoint may lack it, or have it in another size, for what it was trained to do. The LM head is none."""
+    return bool(TASK.search(name)) and not is_head(name)
+
+
 def is_head(name: str) -> bool:
     """Whether this is the LM head, or its bias' second name: the tensor that a tie makes a copy."""
     return bool(HEAD.search(name) or COPIED_BIAS.search(name))
@@ -189,7 +203,7 @@ def _size(config: Mapping[str, Any], *keys: str) -> int | None:
 
 
 def _model_types(config: Mapping[str, Any]) -> set[Any]:
-    return {config.get("model_type"), _text(config).get("model_type")}
+    return {kind for kind in (config.get("model_type"), _text(config).get("model_type")) if isinstance(kind, str)}
 
 
 def _side(size: int | None, shape: Shape) -> int | None:
@@ -292,7 +306,8 @@ def _role(name: str, shape: Shape, facts: _Facts) -> Role:
     if kind == "bias" and len(shape) > 2:  # causal masks of old GPT-2 and GPT-NeoX checkpoints
         kind = "buffer"
     if kind:
-        return Role(kind, "private")
+        own_length = len(shape) == 1 and (is_vocabulary(name) or is_task_part(name))
+        return Role(kind, "private", ENTRIES if own_length else 0)
     if len(shape) < 2:
         return Role("norm" if name.endswith(".weight") else "other", "private")
     if len(shape) == 2:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.plan import MergePlan
 from pipeline.roles import is_vocabulary
-from storage.errors import PlanError
+from storage.errors import CheckpointError, PlanError
 from storage.tokens import compare_tokens, read_tokens
 
 SHOWN = 3
@@ -23,23 +23,17 @@ def compare_vocabularies(plan: MergePlan, base: Mapping[str, Path], experts: Map
 
     ``base``, ``experts``: files of their tokenizers, by name.
     """
-    tensors = [tensor for tensor in plan.tensors.values() if is_vocabulary(tensor.name) and len(tensor.shape) > 1]
-    shared = min((tensor.base_rows for tensor in tensors), default=0)
+    tensors = [t for t in plan.tensors.values() if t.base is not None and is_vocabulary(t.name) and len(t.shape) > 1]
     merged = [tensor.name for tensor in tensors if tensor.policy == "merge"]
-    known = read_tokens(base) if shared else None
-    if known is None:
-        return []
-    notes, problems = [], []
-    for name, files in experts.items():
+    shared = max((tensor.base_rows for tensor in tensors), default=0)
+    notes: list[str] = []
+    problems: list[str] = []
+    known = _tokens("base", base, notes) if shared else None
+    for name, files in experts.items() if known is not None else ():
         if _same_files(base, files):
             continue
-        tokens = read_tokens(files)
-        if tokens is None:
-            notes.append(
-                f"expert {name}: it has no tokenizer that can be read, so its tokens were not compared with the base's"
-            )
-            continue
-        different = compare_tokens(known, tokens, shared)
+        tokens = _tokens(f"expert {name}", files, notes)
+        different = compare_tokens(known, tokens, shared) if known is not None and tokens is not None else []
         if not different:
             continue
         shown = ", ".join(f"{number} is {mine!r}, in the base {its!r}" for number, its, mine in different[:SHOWN])
@@ -51,3 +45,15 @@ def compare_vocabularies(plan: MergePlan, base: Mapping[str, Path], experts: Map
     if problems:
         raise PlanError.listing("vocabularies do not agree", problems)
     return notes
+
+
+def _tokens(label: str, files: Mapping[str, Path], notes: list[str]) -> dict[int, str] | None:
+    """Token strings by id; None, and for experts a note, when there are none that can be read."""
+    try:
+        found = read_tokens(files)
+    except CheckpointError as error:
+        notes.append(f"{label}: its tokens were not compared: {error}")
+        return None
+    if found is None and label != "base":
+        notes.append(f"{label}: it has no tokenizer that can be read, so its tokens were not compared with the base's")
+    return found

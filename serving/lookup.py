@@ -20,7 +20,8 @@ from storage.safetensors_file import Slot, allocate, shard_name, shards, weight_
 def expert_shape(artifact: Artifact, tensor: str, rows: NDArray[np.int32]) -> tuple[int, ...]:
     """The tensor's shape in this expert: where rows are the first axis, an expert may have other numbers of them."""
     record = artifact.manifest.tensors[tensor]
-    return record.shape if len(record.shape) < 2 or record.channel_axis else (len(rows), *record.shape[1:])
+    is_fixed = record.channel_axis > 0 or (len(record.shape) < 2 and record.channel_axis == 0)
+    return record.shape if is_fixed else (len(rows), *record.shape[1:])
 
 
 Residue = tuple[NDArray[np.int32], NDArray[Any]]

@@ -1,13 +1,17 @@
-"""What ``adapter_config.json`` says of a LoRA adapter, and what of it is refused (arXiv 2106.09685; peft 0.21)."""
+"""What ``adapter_config.json`` says of a LoRA adapter; what of it is refused or noted (arXiv 2106.09685; peft 0.21)."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
+from storage.places import HUB_ID, scheme_of, split_revision
+from storage.tensors import LowRank, TensorInfo
 
 ADAPTER_CONFIG = "adapter_config.json"
 MERGE = (
@@ -35,6 +39,21 @@ _KNOWN_SETTINGS = {
 _PLAIN_INITS = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"}
 """Initialisations that leave the base as it is."""
 _CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in)\.weight$")
+_SHARED = re.compile(r"(?:^|\.)shared\.weight$")
+"""The embedding of encoders and decoders, which their own are tied to even where the head is not."""
+_OF_ENCODER = re.compile(r"(?:^|\.)embeddings\.(?:word|tok)_embeddings\.weight$")
+_OUTPUT = re.compile(
+    r"(?:^|\.)(?:\w*lm_head(?:\.decoder|\.linear)?|embed_out|predictions\.decoder|vocab_projector|output_layer)\.weight$"
+    r"|^(?:output|decoder|proj_out)\.weight$"
+)
+_OUTPUT_BIAS = re.compile(
+    r"(?:^|\.)(?:\w*lm_head(?:\.decoder)?|predictions(?:\.decoder)?|vocab_projector)\.bias$|^decoder\.bias$"
+)
+"""Of an encoder's LM head, stored even when its matrix is tied."""
+_HEADLESS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+"""Tasks of peft whose models have no LM head."""
 
 
 def _whole_module(pattern: str) -> str:
@@ -130,3 +149,53 @@ def variant_problems(config: Mapping[str, Any]) -> list[str]:
     elif start not in _PLAIN_INITS:
         found.append(f"init_lora_weights {start} is not known; it may change the base before training. {MERGE}")
     return found
+
+
+def is_tied(name: str, config: Mapping[str, Any], names: Iterable[str]) -> bool:
+    """Whether something that a base of these names does not store is tied to its embedding, as far as names tell.
+
+    What its own configuration says of it decides nothing: Gemma's and GPT-2's leave it out. A bare encoder ties nothing.
+    """
+    if _SHARED.search(name):
+        return True
+    if not (EMBEDDING.search(name) or _OF_ENCODER.search(name)) or config.get("task_type") in _HEADLESS:
+        return False
+    stored = list(names)
+    if any(map(_OUTPUT.search, stored)):
+        return False
+    return not _OF_ENCODER.search(name) or any(map(_OUTPUT_BIAS.search, stored))
+
+
+def _is_hub_id(place: str) -> bool:
+    return bool(HUB_ID.fullmatch(place)) and place.count("/") == 1
+
+
+def adapter_notes(
+    config: Mapping[str, Any], base_place: str, tensors: Mapping[str, TensorInfo] = MappingProxyType({})
+) -> list[str]:
+    """What a user should look at in an adapter that was accepted: above all whether it was trained on this base. Pure.
+
+    ``base_place`` as a resolved recipe has it: a path, ``org/name@commit`` or a URL. Two Hub ids are compared whole, in any
+    case of letters; where one of both is a path or a URL, their last parts are. ``tensors``: what ``adapter_tensors`` returned.
+    """
+    notes = []
+    recorded = config.get("base_model_name_or_path")
+    place, commit = split_revision(base_place) if not scheme_of(base_place) else (base_place, None)
+    if isinstance(recorded, str) and recorded:
+        theirs, ours = (name.rstrip("/").lower() for name in (recorded, place))
+        if not (_is_hub_id(recorded) and _is_hub_id(place)):
+            theirs, ours = theirs.rpartition("/")[2], ours.rpartition("/")[2]
+        if theirs != ours:
+            notes.append(
+                f"the adapter was trained on {recorded}, the recipe's base is {base_place}: are their weights the same?"
+            )
+    revision = config.get("revision")
+    if commit and isinstance(revision, str) and re.fullmatch(r"[0-9a-f]{40}", revision) and revision != commit:
+        notes.append(f"the adapter was trained on revision {revision} of its base, the recipe's base is {base_place}")
+    for name, info in tensors.items():
+        if isinstance(info.data, LowRank) and info.data.transposed and is_tied(name, config, tensors):
+            notes.append(
+                f"the adapter's factors of {name} change the LM head too where the base ties it to the embedding: this is what "
+                "peft merges it to, but before it is merged peft leaves the head as the base has it"
+            )
+    return notes

@@ -16,10 +16,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.adapter_settings import ADAPTER_CONFIG, MERGE, Settings, is_in, read_settings, variant_problems
+from storage.adapter_settings import (
+    ADAPTER_CONFIG,
+    EMBEDDING,
+    MERGE,
+    Settings,
+    adapter_notes,
+    is_in,
+    is_tied,
+    read_settings,
+    variant_problems,
+)
 from storage.errors import CheckpointError
 from storage.layout import DTYPES, is_transposed
-from storage.places import HUB_ID, scheme_of, split_revision
 from storage.tensors import BaseRows, LowRank, TensorInfo
 
 __all__ = ["ADAPTER_CONFIG", "PREFIX", "adapter_notes", "adapter_tensors", "check_base_copies"]
@@ -37,16 +46,19 @@ _ORIGINAL = re.compile(r"(.+)\.original_module\.(.+)")
 _COPY = re.compile(r"(.+)\.base_layer\.weight")
 _FOREIGN = re.compile(r"(?:^|\.)(?:lora_\w+|token_adapter|base_layer)(?:\.|$)")
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)(?:\.weight)?$")
-_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in)\.weight$")
 
 _Problems = dict[str, list[str]]
 """For every kind of problem, a sentence with a place for examples: the examples."""
 
+_UNTIE = "Merge the adapter with peft, untie the merged model (config.tie_word_embeddings = False) and give it as the expert"
 _MISSING = f"target modules that the base does not have: {{}}. {_OTHER_BASE}"
 _TIED = (
     "a LM head of its own, {}, which the base does not have: a base that ties its head to its embedding stores no head, and an "
-    "expert of it cannot hold two different ones. Merge the adapter with peft, untie the merged model "
-    "(config.tie_word_embeddings = False) and give it as the expert"
+    f"expert of it cannot hold two different ones. {_UNTIE}"
+)
+_LEFT = (
+    "an embedding of its own, {}, for a base that ties others to it and stores them once: peft trains a copy and leaves the "
+    f"LM head at the base's weights, and an expert of this base cannot hold two different ones. {_UNTIE}"
 )
 _HALF = f"an A without B or a B without A: {{}}. The file is not whole: {_AGAIN.lower()} or download it again"
 _TWICE = f"two tensors of the adapter for the same tensor of the base: {{}}. {_AGAIN}, one adapter in a folder"
@@ -219,7 +231,7 @@ def _tied_twin(name: str, parts: _Parts) -> TensorInfo | None:
         (
             info
             for other, info in parts.whole.items()
-            if _HEAD.search(name) and _EMBEDDING.search(other) and (info.dtype, info.shape) == (head.dtype, head.shape)
+            if _HEAD.search(name) and EMBEDDING.search(other) and (info.dtype, info.shape) == (head.dtype, head.shape)
         ),
         None,
     )
@@ -245,6 +257,23 @@ def _own(
         if any(is_in(name, entry) for name in base) and not any(is_in(whole, entry) for whole in parts.whole):
             problems[_UNSAVED].append(entry)
     return found
+
+
+def _left_behind(
+    own: Mapping[str, TensorInfo], parts: _Parts, config: Mapping[str, Any], base: Mapping[str, TensorInfo]
+) -> list[str]:
+    """Whole embeddings without the head that the base ties to them, which therefore stays the base's.
+
+    With ``ensure_weight_tying``, and for a resized vocabulary, peft trains and saves both alike.
+    """
+    if config.get("ensure_weight_tying"):
+        return []
+    twins = [twin.data for head in parts.whole if (twin := _tied_twin(head, parts))]
+    return [
+        name
+        for name, info in own.items()
+        if name in base and is_tied(name, config, base) and not any(info.data is twin for twin in twins)
+    ]
 
 
 def _copies(
@@ -290,6 +319,7 @@ def adapter_tensors(
     targets = _targets(parts, settings, base, find, problems)
     own = _own(parts, settings, base, find, problems)
     problems[_TWICE] += sorted(targets.keys() & own.keys())
+    problems[_LEFT] += _left_behind(own, parts, config, base)
     if not stored:
         listed.append(f"the adapter holds no tensor. {_AGAIN} or download it again")
     listed += [sentence.format(_few(examples)) for sentence, examples in problems.items() if examples]
@@ -334,30 +364,3 @@ def check_base_copies(label: str, stored: Mapping[str, TensorInfo], base: Mappin
             problems[_COPIES].append(f"{copy.name} (rows {rows[0]} to {rows[1]} differ from {other.name})")
     if problems[_COPIES]:
         raise CheckpointError.listing(label, [f"{_COPIES.format(_few(problems[_COPIES]))}."])
-
-
-def _is_hub_id(place: str) -> bool:
-    return bool(HUB_ID.fullmatch(place)) and place.count("/") == 1
-
-
-def adapter_notes(config: Mapping[str, Any], base_place: str) -> list[str]:
-    """What a user should look at in an adapter that was accepted: above all whether it was trained on this base. Pure.
-
-    ``base_place`` as a resolved recipe has it: a path, ``org/name@commit`` or a URL. Two Hub ids are compared whole, in any
-    case of letters; where one of both is a path or a URL, their last parts are.
-    """
-    notes = []
-    recorded = config.get("base_model_name_or_path")
-    place, commit = split_revision(base_place) if not scheme_of(base_place) else (base_place, None)
-    if isinstance(recorded, str) and recorded:
-        theirs, ours = (name.rstrip("/").lower() for name in (recorded, place))
-        if not (_is_hub_id(recorded) and _is_hub_id(place)):
-            theirs, ours = theirs.rpartition("/")[2], ours.rpartition("/")[2]
-        if theirs != ours:
-            notes.append(
-                f"the adapter was trained on {recorded}, the recipe's base is {base_place}: are their weights the same?"
-            )
-    revision = config.get("revision")
-    if commit and isinstance(revision, str) and re.fullmatch(r"[0-9a-f]{40}", revision) and revision != commit:
-        notes.append(f"the adapter was trained on revision {revision} of its base, the recipe's base is {base_place}")
-    return notes

@@ -52,9 +52,10 @@ class Checkpoint:
     """Whether it is a LoRA adapter, which needs its base's rows and files."""
 
     @property
-    def tied(self) -> bool:
-        """Whether the expert's own configuration ties its LM head to its embedding."""
-        return bool(self.config.get("tie_word_embeddings", _text_config(self.config).get("tie_word_embeddings", False)))
+    def tied(self) -> bool | None:
+        """Whether its own configuration ties its LM head to its embedding; None when it leaves that to the model's default."""
+        told = self.config.get("tie_word_embeddings", _text_config(self.config).get("tie_word_embeddings"))
+        return None if told is None else bool(told)
 
     @property
     def side_files(self) -> tuple[str, ...]:
@@ -102,10 +103,10 @@ def _indexed_files(folder: Folder) -> dict[str, list[str]]:
 def _weight_files(folder: Folder) -> dict[str, list[str]]:
     """File -> the tensors its index says it holds; nothing is said of a file without an index."""
     names = folder.names
+    if SINGLE in names:  # as transformers does, also where an index of other files lies beside it
+        return {SINGLE: []}
     if INDEX in names:
         return _indexed_files(folder)
-    if SINGLE in names:
-        return {SINGLE: []}
     found = sorted(name for name in names if name.endswith(".safetensors") and name != ADAPTER)
     if found:
         return {name: [] for name in found}
@@ -168,7 +169,7 @@ def _quantised(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> 
             f"its weights are quantised ({what}, tensor {first} is {tensors[first].dtype}) and cannot be merged. {DEQUANTISE}",
             None,
         )
-    return None, f"config.json names a quantisation ({method}), but no weight is quantised; it is taken as it is"
+    return None, f"config.json names a quantisation ({method}), but no weight is quantised: exports leave that entry out"
 
 
 def open_checkpoint(label: str, folder: Folder, base: Checkpoint | None = None) -> Checkpoint:
@@ -198,8 +199,12 @@ def open_checkpoint(label: str, folder: Folder, base: Checkpoint | None = None) 
     if problems:
         raise CheckpointError.listing(label, problems)
     notes = [note] if note else []
+    if {SINGLE, INDEX} <= names:
+        notes.append(f"{folder.place} holds {SINGLE} and an index of other files; {SINGLE} is used, as transformers does")
     if ADAPTER_CONFIG in names:
         notes.append(f"{folder.place} holds a whole model and an adapter; the model is used")
+    if folder.is_local and folder.id is not None and not any("token" in name or name.startswith("vocab") for name in names):
+        notes.append(f"{folder.place}: offline, and the cache holds no tokenizer of it")
     used = {name for name in SIDE_FILES if name in names} | ({INDEX} & names) | files.keys()
     return Checkpoint(label, folder, config, tensors, tuple(sorted(used)), tuple(f"{label}: {text}" for text in notes))
 
@@ -219,12 +224,12 @@ def _open_adapter(label: str, folder: Folder, base: Checkpoint | None) -> Checkp
     if problems:
         raise CheckpointError.listing(label, problems)
     tensors = adapter_tensors(label, config, stored, base.tensors)
-    notes = tuple(f"{label}: {note}" for note in adapter_notes(config, base.folder.place))
+    notes = tuple(f"{label}: {note}" for note in adapter_notes(config, base.folder.place, tensors))
     side = {name for name in SIDE_FILES if name in folder.names} - {CONFIG}
     files = tuple(sorted({ADAPTER, ADAPTER_CONFIG} | side))
     return Checkpoint(label, folder, base.config, tensors, files, notes, is_adapter=True)
 
 
-def check_adapter(adapter: Checkpoint, base: Checkpoint) -> None:
+def check_adapter(label: str, folder: Folder, base: Mapping[str, TensorInfo]) -> None:
     """Compare what an adapter copied of its base with this base, which reads weights. CheckpointError when they differ."""
-    check_base_copies(adapter.label, read_header(adapter.folder.file(ADAPTER)), base.tensors)
+    check_base_copies(label, read_header(folder.file(ADAPTER)), base)

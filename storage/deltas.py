@@ -82,7 +82,14 @@ def table_array(table: str, tensor: str) -> str:
 
 def group_layout(tensors: Mapping[str, TensorInfo]) -> str:
     """Digest of how tensors lie in a group: one with other tensors, or the same cut into other rows, is another."""
-    return digest_of({name: [info.dtype, info.rows, info.width, _encoding(info)] for name, info in tensors.items()})
+    return digest_of({name: [info.dtype, info.shape, info.channel_axis, _encoding(info)] for name, info in tensors.items()})
+
+
+def is_whole(group: ArrayGroup, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether a source is in the store, with these tensors, cut like this, and no chunk of it is gone."""
+    if not group.complete or group.record.get("format") != DELTA_FORMAT or group.missing_chunks():
+        return False
+    return bool(group.record["layout"] == group_layout(tensors))
 
 
 def _encoding(info: TensorInfo) -> str:

@@ -76,10 +76,11 @@ def as_rows(shape: tuple[int, ...], channel_axis: int = 0) -> tuple[int, int]:
     """Rows and width of a tensor: all axes up to the channels' are rows, the others are width.
 
     ``[O, I]`` is O rows; packed experts ``[E, O, I]`` with channel axis 1 are E * O; ``[I, O]`` and ``[E, I, O]`` with the
-    last as channel axis are read transposed. A vector or a scalar is one row.
+    last as channel axis are read transposed. A vector or a scalar is one row; a vector with channel axis -1 is as many rows as
+    it has entries.
     """
     if len(shape) < 2:
-        return 1, math.prod(shape)
+        return (shape[0], 1) if shape and channel_axis < 0 else (1, math.prod(shape))
     if is_transposed(shape, channel_axis):
         return math.prod(shape[:-2]) * shape[-1], shape[-2]
     return math.prod(shape[: channel_axis + 1]), math.prod(shape[channel_axis + 1 :])

@@ -1,16 +1,35 @@
-"""Where a source lies, by how it is written: ``org/name@revision`` on the Hub, a local folder, an object store's URL. Pure."""
+"""Where a source lies, by how it is written: ``org/name@revision`` on the Hub, a local folder, an object store's URL.
+
+Nothing is opened; that a name is a folder is all that is asked of the disk. What a URL may hide (a user, a query) is in no
+message.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 OBJECT_STORES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 """Schemes of the URLs that checkpoints are read from."""
+SOURCES = "a Hub id, a folder or a URL"
+"""What a source is written as."""
 
 Kind = Literal["local", "hub", "objects"]
+
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")
+_OF_CONTAINERS = ("abfs", "abfss")
+"""Schemes whose URLs have a container before the host: ``abfss://container@host/prefix``."""
+_HUB_PAGE = re.compile(
+    r"(?:(?:https?://)?(?:[^/@]*@)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)?(?!(?:datasets|spaces)/)"
+    r"(?P<name>[a-z0-9][\w.-]*/[a-z0-9][\w.-]*)"
+    r"(?:(?:@|/(?:tree|blob|resolve)/)(?P<revision>refs/pr/\d+|[\w.-]+)(?:/[^?#]*)?)?/*(?:[?#].*)?",
+    re.IGNORECASE,
+)
+"""How people write a model on the Hub besides its id: its page's address, ``hf://``, a slash at the end."""
 
 
 def split_revision(place: str) -> tuple[str, str | None]:
@@ -25,21 +44,93 @@ def scheme_of(place: str) -> str:
     return scheme.lower() if separator else ""
 
 
+def shown_scheme(place: str) -> str:
+    """What a message may say of a URL that is refused: its scheme."""
+    scheme = scheme_of(place)
+    return f"the scheme {scheme!r}" if _SCHEME.fullmatch(scheme) else "no scheme that is known"
+
+
+def _is(test: Callable[[], bool]) -> bool:
+    """What the disk says; False where it cannot be asked."""
+    try:
+        return test()
+    except (OSError, ValueError):  # no permission, too long, a NUL
+        return False
+
+
+def _is_path(place: str) -> bool:
+    return place.startswith(("/", "./", "../", "~")) or place in (".", "..")
+
+
 def kind_of(place: str, folder: Path) -> Kind | None:
     """What a source written in a recipe that lies in ``folder`` is; None when it can be nothing that is known.
 
-    What is written as a path (``./x``, ``../x``, ``/x``, ``~/x``, ``file:///x``) or names a folder that exists is local;
-    what else has the form of a Hub id is one.
+    What is written as a path (``./x``, ``../x``, ``/x``, ``~/x``, ``file:///x``) or names a folder or a file that exists is
+    local; what else has the form of a Hub id is one.
     """
     scheme = scheme_of(place)
     if scheme:
         return "local" if scheme == "file" else "objects" if scheme in OBJECT_STORES else None
-    if place.startswith(("/", "./", "../", "~")) or place in (".", "..") or (folder / place).is_dir():
+    if _is_path(place) or _is((folder / place).exists):
         return "local"
     name, revision = split_revision(place)
-    return "hub" if HUB_ID.fullmatch(name) and revision != "" else "local"
+    return "hub" if HUB_ID.fullmatch(name) and (revision is None or revision.strip()) else "local"
 
 
 def local_path(place: str, folder: Path) -> Path:
-    """The absolute path of a local source."""
-    return (folder / Path(place.removeprefix("file://")).expanduser()).resolve()
+    """The absolute path of a local source or target in which ``local_problem`` found nothing wrong."""
+    if scheme_of(place) == "file":
+        return Path("/" + unquote(place.partition("://")[2].partition("/")[2])).resolve()
+    return (folder / Path(place).expanduser()).resolve()
+
+
+def local_problem(place: str, folder: Path) -> str | None:
+    """What is wrong with how a local place is written."""
+    if scheme_of(place) == "file" and place.partition("://")[2].partition("/")[0].lower() not in ("", "localhost"):
+        return "a file URL of another host; expected file:///folder, of this machine"
+    try:
+        local_path(place, folder)
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL, a loop of links, the home of nobody
+        return f"no path of this machine ({error}); correct it"
+    return None
+
+
+def _object_problem(place: str) -> str | None:
+    rest = place.partition("://")[2]
+    host = rest.partition("/")[0]
+    if "?" in rest or "#" in rest or ":" in host or ("@" in host and scheme_of(place) not in _OF_CONTAINERS):
+        return "a URL is a bucket and a prefix; credentials and options come from the environment"
+    if not host:
+        return f"no bucket; expected {scheme_of(place)}://bucket/prefix"
+    return None
+
+
+def _hub_suggestion(place: str) -> str | None:
+    """The Hub id that is meant by what looks like one and is none."""
+    found = _HUB_PAGE.fullmatch(place)
+    return None if found is None else "@".join(filter(None, found.group("name", "revision")))
+
+
+def source_problem(place: str, folder: Path) -> str | None:
+    """What is wrong with how a source is written in a recipe that lies in ``folder``, with the remedy."""
+    if not place.strip():
+        return f"empty source; expected {SOURCES}"
+    kind = kind_of(place, folder)
+    if kind == "objects":
+        return _object_problem(place)
+    if kind is None:
+        meant = _hub_suggestion(place) if scheme_of(place) in ("http", "https", "hf") else None
+        got = f"sources are a Hub id, a folder, or a URL of s3, gs or az; got {shown_scheme(place)}"
+        return f"{got}; write a model on the Hub as {meant}" if meant else got
+    if kind == "hub" or (problem := local_problem(place, folder)):
+        return None if kind == "hub" else problem
+    path = local_path(place, folder)
+    if _is(path.is_file):
+        return f"{path} is a file; give its folder"
+    if scheme_of(place) or _is_path(place) or _is(path.exists):
+        return None
+    name, revision = split_revision(place)
+    if revision is not None and not revision.strip() and HUB_ID.fullmatch(name):
+        return f"empty revision; write {name}@ with a branch, tag or commit, or {name} alone"
+    meant = _hub_suggestion(place)
+    return f"there is no folder {place}; write a model on the Hub as {meant}" if meant else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +16,10 @@ from storage.errors import ChannelMergingError, CheckpointError
 from storage.files import File
 from storage.layout import DTYPES, as_rows, chunk_rows, is_transposed
 
-_SLABS = threading.local()
+ENTRIES = -1
+"""The channel axis of a vector whose entries are channels, as those of a head's bias: rows of one entry."""
+_KEPT = threading.local()
+"""In ``keeping_matrix``: the matrix this thread read last."""
 
 
 class Rows(Protocol):
@@ -36,7 +41,7 @@ class TensorInfo:
     """As in the checkpoint."""
     data: Rows
     channel_axis: int = 0
-    """The axis of its output channels; the last one where weights are stored (in, out)."""
+    """The axis of its output channels; the last one where weights are stored (in, out). A vector is one row, or ``ENTRIES``."""
 
     @property
     def rows(self) -> int:
@@ -52,9 +57,15 @@ class TensorInfo:
         return chunk_rows(self.rows, self.width)
 
     @property
+    def matrix_rows(self) -> int:
+        """Rows that are read together, of a matrix stored (in, out); 0 where each can be read for itself."""
+        in_out = isinstance(self.data, FileRows) and is_transposed(self.shape, self.channel_axis)
+        return self.shape[-1] if in_out else 0
+
+    @property
     def slab_bytes(self) -> int:
         """Bytes of a matrix that has to be read whole because its columns are wanted; 0 where rows are."""
-        return math.prod(self.shape[-2:]) * DTYPES[self.dtype].size if is_transposed(self.shape, self.channel_axis) else 0
+        return math.prod(self.shape[-2:]) * DTYPES[self.dtype].size if self.matrix_rows else 0
 
     @property
     def nbytes(self) -> int:
@@ -85,13 +96,15 @@ class FileRows:
         return np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
 
     def _matrix(self, info: TensorInfo, first: int, shape: tuple[int, int]) -> NDArray[Any]:
-        """A whole matrix stored (in, out): its columns are wanted a chunk at a time, so the thread keeps the last one read."""
+        """A whole matrix stored (in, out), of which columns are wanted."""
+        if not getattr(_KEPT, "on", False):
+            return self._entries(info, first, shape)
         key = (self, info.name, first)
-        if getattr(_SLABS, "key", None) != key:
-            _SLABS.key = _SLABS.matrix = None  # the old one goes before the new one comes
-            _SLABS.matrix = self._entries(info, first, shape)
-            _SLABS.key = key
-        found: NDArray[Any] = _SLABS.matrix
+        if _KEPT.key != key:
+            _KEPT.key = _KEPT.matrix = None  # the old one goes before the new one comes
+            _KEPT.matrix = self._entries(info, first, shape)
+            _KEPT.key = key
+        found: NDArray[Any] = _KEPT.matrix
         return found
 
     def _entries(self, info: TensorInfo, first: int, shape: tuple[int, int]) -> NDArray[Any]:
@@ -110,6 +123,19 @@ class FileRows:
                 "ends there; it changed since it was planned. Run again."
             )
         return bits
+
+
+@contextmanager
+def keeping_matrix() -> Iterator[None]:
+    """In this thread, keep the last matrix stored (in, out) that was read: its columns are wanted a chunk at a time.
+
+    Not beyond: its file may be another one by then, and its memory is needed for other things.
+    """
+    _KEPT.on, _KEPT.key, _KEPT.matrix = True, None, None
+    try:
+        yield
+    finally:
+        _KEPT.on, _KEPT.key, _KEPT.matrix = False, None, None
 
 
 @dataclass(frozen=True)

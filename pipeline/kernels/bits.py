@@ -27,8 +27,10 @@ def to_float(bits: NDArray[Any], dtype: str, device: str = "cpu") -> torch.Tenso
 
 
 def as_numbers(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """float32 values of raw bits, of the same shape."""
-    values: NDArray[np.float32] = to_float(bits, dtype).numpy()
+    """float32 values of raw bits, of the same shape; without torch."""
+    if dtype == "BF16":
+        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    values: NDArray[np.float32] = bits.view(np.float16 if dtype == "F16" else np.float32).astype(np.float32)
     return values
 
 

@@ -16,7 +16,6 @@ from pipeline.plan import TensorPlan
 from pipeline.roles import layer_of
 from storage.deltas import StoredRows, expert_group
 from storage.errors import PlanError
-from storage.layout import DTYPES
 from storage.manifest import Health
 from storage.tensors import FileRows, TensorInfo
 
@@ -27,7 +26,7 @@ Two unrelated models have sqrt(1 + q^2), q being the ratio of their norms: the s
 """
 LARGE = 0.3
 """From here on a user is told: continued pre-training on much data reaches it."""
-PROBED_TENSORS, PROBED_BYTES = 4, 1 << 16
+PROBED_TENSORS, PROBED_BYTES = 8, 1 << 16
 """How much of an expert is looked at before it is fetched."""
 STRANGERS = "experts are no fine-tunes of the base; --allow-unrelated goes on"
 
@@ -60,35 +59,53 @@ def _probed(job: Job, name: str) -> list[tuple[TensorInfo, TensorInfo]]:
         return (expert, base) if base is not None and cheap else None
 
     found = [two for tensor in job.plan.merged if (two := pair(tensor)) is not None]
-    return found[:: max(1, len(found) // PROBED_TENSORS)][:PROBED_TENSORS]
+    # by chance, or at a regular step all would be of one name
+    chosen = np.random.default_rng(0).permutation(len(found))[:PROBED_TENSORS]
+    return [found[place] for place in sorted(chosen)]
 
 
-def _first_rows(info: TensorInfo) -> NDArray[Any]:
-    rows = max(1, PROBED_BYTES // (info.width * DTYPES[info.dtype].size))
-    return as_numbers(info.read(0, min(rows, info.rows)), info.dtype).astype(np.float64).ravel()
+Rows = tuple[TensorInfo, int, int]
+"""Some rows of a matrix, first and last."""
+
+
+def _middle(expert: TensorInfo, base: TensorInfo) -> tuple[Rows, Rows]:
+    """The same rows of both, from the middle: the first may be special."""
+    rows = min(max(1, PROBED_BYTES // (4 * base.width)), base.rows)
+    start = (base.rows - rows) // 2
+    return (expert, start, start + rows), (base, start, start + rows)
+
+
+def _read(rows: Rows) -> NDArray[Any]:
+    info, start, stop = rows
+    return as_numbers(info.read(start, stop), info.dtype).astype(np.float64)
 
 
 def probe(job: Job) -> None:
-    """Look at a few rows of every expert that is not in the store yet. PlanError for those of another base, unless allowed."""
+    """Look at a few rows of every expert that is not in the store yet, before it is fetched.
+
+    PlanError, unless allowed, for those of which no sample is nearer to the base's than zero: one that is shows a fine-tune,
+    whose other matrices may still be far from a base that has zeros there.
+    """
     if job.recipe.allow_unrelated:
         return
-    pairs = {name: _probed(job, name) for name in job.experts}
-    infos = {info.data: info for found in pairs.values() for two in found for info in two}
+    pairs = {name: [_middle(*two) for two in _probed(job, name)] for name in job.experts}
+    wanted = list({rows: None for found in pairs.values() for two in found for rows in two})
     with ThreadPoolExecutor(8) as pool:  # each may be a request
-        rows = dict(zip(infos, pool.map(_first_rows, infos.values()), strict=True))
+        read = dict(zip(wanted, pool.map(_read, wanted), strict=True))
     problems = []
     for name, found in pairs.items():
-        parts = []
-        for expert, base in found:
-            count = min(len(rows[expert.data]), len(rows[base.data]))  # of a larger type fewer rows are read
-            mine, its = rows[expert.data][:count], rows[base.data][:count]
-            with np.errstate(invalid="ignore"):  # infinities are ingest's to report
-                parts.append({"delta_norm": float(np.linalg.norm(mine - its)), "base_norm": float(np.linalg.norm(its))})
-        ratio = _ratio(parts)
-        if ratio is not None and math.isfinite(ratio) and ratio >= UNRELATED:
-            problems.append(_stranger(job, name, ratio))
+        parts = [_distance(read[expert], read[base]) for expert, base in found]
+        ratios = [_ratio([part]) for part in parts]
+        whole = _ratio(parts)
+        if whole is not None and math.isfinite(whole) and all(ratio is not None and ratio >= UNRELATED for ratio in ratios):
+            problems.append(f"{_stranger(job, name, whole)} (In samples of {len(parts)} matrices.)")
     if problems:
         raise PlanError.listing(STRANGERS, problems)
+
+
+def _distance(expert: NDArray[Any], base: NDArray[Any]) -> dict[str, float | None]:
+    with np.errstate(invalid="ignore"):  # infinities are ingest's to report
+        return {"delta_norm": float(np.linalg.norm(expert - base)), "base_norm": float(np.linalg.norm(base))}
 
 
 def _of_expert(job: Job, name: str) -> Health:

@@ -26,6 +26,7 @@ from pipeline.kernels.lowrank import added, delta_rows, embedding_delta_rows
 from pipeline.kernels.sizes import BINS
 from pipeline.plan import Block, plan_blocks
 from storage.arrays import ArrayGroup, ChunkDigests
+from storage.checkpoint import check_adapter
 from storage.deltas import (
     base_group,
     create_expert_group,
@@ -33,13 +34,14 @@ from storage.deltas import (
     digest_array,
     expert_group,
     group_layout,
+    is_whole,
     magnitudes_array,
     row_digests,
     squares_array,
 )
 from storage.errors import CheckpointError
 from storage.layout import DELTA_FORMAT, DTYPES
-from storage.tensors import BaseRows, LowRank, TensorInfo, padded_rows
+from storage.tensors import BaseRows, LowRank, TensorInfo, keeping_matrix, padded_rows
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,16 @@ class Chunk:
     """(rows, width) of a LoRA adapter, which is more exact than the difference of the bits."""
 
     @property
-    def stored(self) -> NDArray[Any]:
-        """What the delta store holds of it."""
-        return self.delta if self.delta is not None else difference(self.expert, cast(self.base, self.base_dtype, self.dtype))
+    def differences(self) -> NDArray[Any]:
+        """(rows, width) wrapping integers: the bits less the base's."""
+        return difference(self.expert, cast(self.base, self.base_dtype, self.dtype))
 
 
-def read_chunk(info: TensorInfo, base: TensorInfo | None, start: int, stop: int) -> Chunk:
+Factors = dict[TensorInfo, NDArray[np.float32]]
+"""Factors of adapters that a task needs for more than one chunk."""
+
+
+def read_chunk(info: TensorInfo, base: TensorInfo | None, start: int, stop: int, kept: Factors) -> Chunk:
     """Rows [start, stop) of an expert, a whole chunk, with the base's."""
     rows, dtype = padded_rows(base, start, stop, info)
     base_rows = max(0, min(stop, base.rows if base else 0) - start)
@@ -119,23 +125,27 @@ def read_chunk(info: TensorInfo, base: TensorInfo | None, start: int, stop: int)
     if isinstance(info.data, BaseRows):
         bits = cast(rows, dtype, info.dtype)
     elif isinstance(info.data, LowRank):
-        delta = _low_rank_delta(info.data, start, stop)
+        delta = _low_rank_delta(info.data, start, stop, kept)
         bits = added(rows, dtype, delta)
     else:
         bits = info.read(start, stop)
     return Chunk(bits, info.dtype, rows, dtype, base_rows, delta)
 
 
-def _low_rank_delta(data: LowRank, start: int, stop: int) -> NDArray[np.float32]:
-    """Scale * (B A), the rows of a chunk: with other rows at once a product may round otherwise."""
+def _low_rank_delta(data: LowRank, start: int, stop: int, kept: Factors) -> NDArray[np.float32]:
+    """The rows of a chunk of scale * (B A): with other rows at once a product may round otherwise."""
+
+    def whole(factor: TensorInfo) -> NDArray[np.float32]:
+        if factor not in kept:
+            kept[factor] = as_numbers(factor.read(0, factor.rows), factor.dtype)
+        return kept[factor]
+
     if data.transposed:  # an embedding's: rows are columns of A
-        a, b = as_numbers(data.a.read(0, data.a.rows), data.a.dtype), as_numbers(data.b.read(0, data.b.rows), data.b.dtype)
-        return embedding_delta_rows(np.ascontiguousarray(a[:, start:stop]), b, data.scale)
-    a, b = as_numbers(data.a.read(0, data.a.rows), data.a.dtype), as_numbers(data.b.read(start, stop), data.b.dtype)
-    return delta_rows(a, b, data.scale)
+        return embedding_delta_rows(np.ascontiguousarray(whole(data.a)[:, start:stop]), whole(data.b), data.scale)
+    return delta_rows(whole(data.a), as_numbers(data.b.read(start, stop), data.b.dtype), data.scale)
 
 
-def measured(chunk: Chunk, stored: NDArray[Any]) -> tuple[ChunkStatistics, NDArray[np.float64], NDArray[np.uint32]]:
+def measured(chunk: Chunk, differences: NDArray[Any]) -> tuple[ChunkStatistics, NDArray[np.float64], NDArray[np.uint32]]:
     """Statistics of a chunk and its differences, |delta|^2 per row (rows,), counts by size (1, BINS).
 
     Squares and counts are zeros when anything is not finite.
@@ -154,7 +164,7 @@ def measured(chunk: Chunk, stored: NDArray[Any]) -> tuple[ChunkStatistics, NDArr
                 expert, base = tagged(delta, "F32"), tagged(np.zeros_like(delta), "F32")
             ignored = base_squares if chunk.delta is None else np.zeros_like(squares)
             largest = measure(expert, base, chunk.base_rows, squares, ignored, counts)
-    shared = stored[: chunk.base_rows]
+    shared = differences[: chunk.base_rows]
     unchanged = shared.size - int(np.count_nonzero(shared))
     found = ChunkStatistics(
         float(squares[: chunk.base_rows].sum()), float(base_squares.sum()), largest, unchanged, shared.size, chunk.expert.size,
@@ -171,17 +181,19 @@ def ingest_block(task: IngestTask) -> IngestReceipt:
     read = 0
     for piece in task.block.pieces:
         info, base = task.sources[piece.tensor]
-        for start in range(piece.start, piece.stop, info.chunk_rows):
-            chunk = read_chunk(info, base, start, min(start + info.chunk_rows, piece.stop))
-            stored = chunk.stored
-            found, squares, counts = measured(chunk, stored)
-            statistics.append((piece.tensor, start, found))
-            chunks.update(group.write(piece.tensor, start, stored))
-            chunks.update(group.write(digest_array(piece.tensor), start, row_digests(chunk.expert, info.dtype)))
-            if DTYPES[info.dtype].mergeable:
-                chunks.update(group.write(squares_array(piece.tensor), start, squares))
-                chunks.update(group.write(magnitudes_array(piece.tensor), start // info.chunk_rows, counts))
-            read += chunk.expert.nbytes + (0 if base is None else chunk.base.nbytes)
+        kept: Factors = {}
+        with keeping_matrix():
+            for start in range(piece.start, piece.stop, info.chunk_rows):
+                chunk = read_chunk(info, base, start, min(start + info.chunk_rows, piece.stop), kept)
+                differences = chunk.differences
+                found, squares, counts = measured(chunk, differences)
+                statistics.append((piece.tensor, start, found))
+                chunks.update(group.write(piece.tensor, start, differences if chunk.delta is None else chunk.delta))
+                chunks.update(group.write(digest_array(piece.tensor), start, row_digests(chunk.expert, info.dtype)))
+                if DTYPES[info.dtype].mergeable:
+                    chunks.update(group.write(squares_array(piece.tensor), start, squares))
+                    chunks.update(group.write(magnitudes_array(piece.tensor), start // info.chunk_rows, counts))
+                read += chunk.expert.nbytes + (0 if base is None else chunk.base.nbytes)
     return IngestReceipt(chunks, statistics, read, sum(size for size, _ in chunks.values()))
 
 
@@ -241,14 +253,6 @@ class _Ingested:
     def infos(self) -> dict[str, TensorInfo]:
         return {name: info for name, (info, _) in self.held.items()}
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether it is there, with these tensors, cut like this."""
-        group = self.group
-        if not group.complete or group.record.get("format") != DELTA_FORMAT or group.missing_chunks():
-            return False
-        return bool(group.record["layout"] == group_layout(self.infos))
-
 
 def _sources(job: Job) -> list[_Ingested]:
     """What is to be in the store: the base where it is kept there, then the experts, each once."""
@@ -266,6 +270,9 @@ def _sources(job: Job) -> list[_Ingested]:
 def _bring_in(job: Job, engine: Engine, one: _Ingested) -> tuple[list[IngestReceipt], list[str]]:
     """Bring one source into the store. Receipts, and problems with its values; with any, it stays incomplete."""
     create_expert_group(one.group, one.infos, one.source.id)
+    if one.source.is_adapter:
+        bases = {tensor.name: tensor.base for tensor in job.plan.tensors.values() if tensor.base is not None}
+        check_adapter(one.label, one.source.folder, bases)
     blocks = plan_blocks(one.infos.values(), memory.block_elements(job.plan.memory, 1))
     tasks = [IngestTask(one.group.path, block, {p.tensor: one.held[p.tensor] for p in block.pieces}) for block in blocks]
     receipts = engine.run(f"ingest {one.label.removeprefix('expert ')}", ingest_block, tasks, [block.label for block in blocks])
@@ -291,7 +298,7 @@ def ingest(job: Job, engine: Engine) -> StageResult:
         for path in sorted(one.group.path for one in sources):  # one order for all runs: two of them cannot wait for each other
             locks.enter_context(FileLock(path.with_name(f".{path.name}.lock")))
         for one in sources:
-            if one.is_whole:
+            if is_whole(one.group, one.infos):
                 reused += 1
                 continue
             found, wrong = _bring_in(job, engine, one)

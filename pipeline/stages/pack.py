@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -26,6 +27,8 @@ from storage.manifest import FileRecord, Span, TensorRecord
 from storage.safetensors_file import weight_index
 
 READ_BYTES = 1 << 24
+DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+"""As configurations name them."""
 
 
 @dataclass(frozen=True)
@@ -92,23 +95,28 @@ def _write_experts(job: Job, tables: Mapping[str, RowTable]) -> None:
         save_file({t: tables[t].indices(position, info.rows) for t, info in held.items()}, folder / ROWS_FILE)
         for side, path in source.side.items():
             shutil.copyfile(path, folder / side)
-        if source.side.get(CONFIG) is not None and source.side[CONFIG] == job.base.side.get(CONFIG):
-            _count_tokens(folder / CONFIG, job, name)
+        if CONFIG in source.side:
+            _fit_config(folder / CONFIG, job, name)
 
 
-def _count_tokens(config: Path, job: Job, expert: str) -> None:
-    """Put the vocabulary of an adapter that brings tokens of its own into the configuration, which is its base's."""
-    grown = {
-        tensor.experts[expert].rows
-        for tensor in job.plan.tensors.values()
-        if expert in tensor.experts and is_vocabulary(tensor.name) and tensor.experts[expert].rows != tensor.base_rows
-    }
-    if len(grown) != 1:
-        return
-    fields = json.loads(config.read_bytes())
-    section = fields["text_config"] if "vocab_size" in fields.get("text_config", {}) else fields
-    section["vocab_size"] = grown.pop()
-    config.write_bytes(canonical_json(fields))
+def _fit_config(path: Path, job: Job, expert: str) -> None:
+    """Make a configuration say what the export is: its type, its tokens, not quantised. What says so already stays as it is."""
+    fields = json.loads(path.read_bytes())
+    before = copy.deepcopy(fields)
+    for key in ("quantization_config", "compression_config"):  # of a base it was trained on: the weights are not
+        fields.pop(key, None)
+    held = [tensor for tensor in job.plan.tensors.values() if expert in tensor.experts]
+    cast = {DTYPE_NAMES[t.dtype] for t in held if t.experts[expert].dtype != t.dtype and t.dtype in DTYPE_NAMES}
+    for key in ("dtype", "torch_dtype"):
+        if len(cast) == 1 and key in fields:
+            fields[key] = next(iter(cast))
+    if job.experts[expert].is_adapter:  # its configuration is its base's
+        grown = {t.experts[expert].rows for t in held if is_vocabulary(t.name) and t.experts[expert].rows != t.base_rows}
+        section = fields["text_config"] if "vocab_size" in (fields.get("text_config") or {}) else fields
+        if len(grown) == 1:
+            section["vocab_size"] = grown.pop()
+    if fields != before:
+        path.write_bytes(canonical_json(fields))
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,10 @@ def several_at_once(family: Family) -> Path:
         (unknown_key, ["merge.goups: unknown key; did you mean 'groups'?"]),
         (missing_directory, ["expert math: there is no directory", "Correct the path"]),
         (another_architecture, ["expert math: config.json: model_type: expected 'mistral' as in the base, got 'llama'"]),
-        (another_shape, ["expert instruct: tensor model.layers.1.mlp.up_proj.weight: expected shape [24, 16], got [25, 16]"]),
+        (
+            another_shape,
+            ["expert instruct: tensor model.layers.1.mlp.up_proj.weight: expected shape [24, 16] as in the base, got [25, 16]"],
+        ),
         (missing_tensor, ["expert math: tensor model.layers.0.self_attn.k_proj.weight is missing: expected shape [8, 16]"]),
         (
             not_a_number,
@@ -324,3 +327,48 @@ def test_a_run_on_the_fused_path_needs_no_torch(family: Family, method: str) -> 
     )
     done = subprocess.run([sys.executable, "-c", program, str(recipe)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(("breakage", "code"), [(Family.recipe, 0), (another_shape, 2)])
+def test_a_reader_that_leaves_changes_no_answer(family: Family, breakage: Breakage, code: int) -> None:
+    """As ``channel-merge plan … | head -1`` does, which must not look like exit code 1, no."""
+    line = [str(Path(sys.executable).parent / "channel-merge"), "plan", str(breakage(family))]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()  # long before it prints
+        told = process.stderr.read()
+    assert process.returncode == code
+    assert "Broken pipe" not in told
+    assert "Exception" not in told
+    assert told.count("error: ") == (code != 0)
+
+
+def test_an_interrupted_run_says_what_it_keeps_and_goes_on_from_there(family: Family, tmp_path: Path) -> None:
+    recipe = family.recipe()
+    program = (  # the command, with a stage that waits to be interrupted after the experts are ingested
+        "import sys, time\nfrom flows import cli, run\n"
+        "def wait(job, engine):\n    print('waiting', flush=True)\n    time.sleep(100)\n"
+        "run.STAGES = (run.ingest, wait)\nsys.argv = ['channel-merge', 'run', sys.argv[1]]\ncli.main()"
+    )
+    line = [sys.executable, "-c", program, str(recipe)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGINT)
+        told = process.stderr.read().splitlines()
+    assert process.returncode == 130
+    assert [line for line in told if line.startswith("interrupted")] == [
+        f"interrupted: finished experts are kept in the delta store {tmp_path / 'deltas'}, and the next run goes on from there"
+    ]
+    assert "Traceback" not in "".join(told)
+    again = command("run", recipe)
+    assert again.returncode == 0
+    assert [line for line in again.stderr.splitlines() if line.startswith("ingest")] == ["ingest: nothing to do"]
+
+
+def test_one_expert_is_one(family: Family, tmp_path: Path) -> None:
+    done = command("run", family.recipe(experts={"math": "./math"}, **{"merge.groups": 1}))
+    assert done.returncode == 0, done.stderr
+    assert "stored for 1 expert of" in done.stdout

@@ -163,6 +163,16 @@ def test_tokens_that_an_adapter_adds_are_in_its_export(tmp_path: Path) -> None:
     assert json.loads((tmp_path / f"{outcome.version}-grown" / "config.json").read_text())["vocab_size"] == 43
 
 
+def test_unchanged_counts_weights_not_deltas(tmp_path: Path) -> None:
+    """A small update of a bf16 base leaves most weights as they are."""
+    manifest = merged(write_family(tmp_path / "family", torch.bfloat16)).manifest
+    base, own = read_checkpoint(tmp_path / "family" / "base"), by_peft(tmp_path / "family", "plain", torch.bfloat16)
+    names = [name for name, record in manifest.tensors.items() if record.policy == "merge"]
+    same = torch.cat([(ordered(base[name]) == ordered(own[name])).flatten() for name in names])
+    assert manifest.experts["plain"].health.unchanged == pytest.approx(same.double().mean().item(), abs=1e-6)
+    assert 0.3 < same.double().mean() < 1
+
+
 def test_the_plan_says_what_an_adapter_is(tmp_path: Path) -> None:
     recipe = write_family(tmp_path / "family", torch.bfloat16)
     found = json.loads(command("plan", recipe, "--json").stdout)

@@ -203,7 +203,12 @@ def test_workers_and_another_recipe_read_the_stored_base(kind: str, tmp_path: Pa
     recipe = write_family(tmp_path / "family", model_of(kind), noisy)
     alone = merged(recipe)
     spread = merged(
-        recipe, {"cluster": {"kind": "local", "workers": 2}, "output": str(tmp_path / "spread"), "deltas": "../spread"}
+        recipe,
+        {
+            "cluster": {"kind": "local", "workers": 2},
+            "output": str(tmp_path / "spread"),
+            "deltas": str(tmp_path / "spread-deltas"),
+        },
     )
     assert spread.version == alone.version
     stored = list((tmp_path / "deltas").glob("*/base/complete.json"))

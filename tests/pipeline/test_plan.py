@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import memory
 from pipeline.drafting import make_plan
+from pipeline.job import plan_recipe
 from pipeline.opening import Opened, arrange
 from pipeline.plan import plan_blocks
 from pipeline.recipe import load_recipe
 from pipeline.roles import natural_order, roles, tie_partner
-from storage.errors import PlanError
+from storage.errors import CheckpointError, PlanError
 from storage.layout import chunk_rows
 from tests.support.tiny_experts import NAMES, Family, open_at, shapes
 
@@ -27,6 +28,7 @@ class Matrix:
     width: int
     chunk_rows: int
     slab_bytes: int = 0
+    matrix_rows: int = 0
 
 
 @st.composite
@@ -53,6 +55,16 @@ def test_blocks_cover_every_row_once_and_share_no_chunk(tensors: list[Matrix], l
             assert piece.stop % tensor.chunk_rows == 0 or piece.stop == tensor.rows
         elements = sum((p.stop - p.start) * by_name[p.tensor].width for p in block.pieces)
         assert len(block.pieces) == 1 or elements <= limit
+
+
+@given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 50), st.integers(1, 400))
+def test_matrices_that_are_read_whole_are_seldom_cut(matrices: int, outputs: int, step: int, limit: int) -> None:
+    """Packed experts stored (in, out): every chunk in one piece, and pieces of eight matrices at least, but for the last."""
+    tensor = Matrix("model.layers.0.experts", matrices * outputs, 4, min(step, matrices * outputs), matrix_rows=outputs)
+    pieces = [piece for block in plan_blocks([tensor], limit) for piece in block.pieces]
+    assert [row for piece in pieces for row in range(piece.start, piece.stop)] == list(range(tensor.rows))
+    assert all(piece.start % tensor.chunk_rows == 0 for piece in pieces)
+    assert all(piece.stop - piece.start >= 8 * outputs for piece in pieces[:-1])
 
 
 @pytest.mark.parametrize(
@@ -140,3 +152,24 @@ def test_plan_reads_headers_only(family: Family, monkeypatch: pytest.MonkeyPatch
         file.truncate(header)
         file.truncate(size)
     assert make_plan(load_recipe(family.recipe()), opened(family)) == expected
+
+
+def test_what_can_be_opened_is_judged_although_another_cannot(family: Family) -> None:
+    """One torn file, one misfit: both are told, each by its expert's name."""
+    path = family.expert("instruct") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    path = family.expert("math") / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = torch.ones(18, dtype=torch.bfloat16)
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match="checkpoints cannot be merged: 2 problems") as caught:
+        plan_recipe(load_recipe(family.recipe()))
+    torn, misfit = caught.value.problems
+    assert torn.startswith("expert instruct: ")
+    assert misfit.startswith("expert math: tensor model.norm.weight: expected shape [16] as in the base, got [18]")
+
+
+def test_an_expert_may_be_called_base(family: Family) -> None:
+    plan = plan_recipe(load_recipe(family.recipe(experts={"base": "./math", "code": "./code"})))
+    assert plan.experts == ("base", "code")
+    assert any("expert base: lm_head.weight has 1 row beyond" in note for note in plan.notes)

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,7 +65,7 @@ def test_defaults_are_filled_and_paths_are_absolute(tmp_path: Path) -> None:
         ("cluster: {kind: local, address: 'tcp://x:1'}", "cluster: expected kind or address, got both"),
         ("router: {kind: linear}", "router.queries: no queries for expert 'a'"),
         ("router: {queries: {c: x}}", "router.queries.c: there is no expert of that name; experts: a, b"),
-        ("deltas: s3://bucket/x", "deltas: only local folders can be written to, got s3://bucket/x; give a folder"),
+        ("deltas: s3://bucket/x", "deltas: only local folders can be written to, got the scheme 's3'; give a folder"),
         ("merge: {method: byom}", "merge.groups: byom keeps entries beside one merged model: expected 1, got 2"),
         (
             "merge: {method: byom, groups: auto}",
@@ -114,6 +115,93 @@ def test_problems_name_key_and_remedy(tmp_path: Path, extra: str, message: str) 
     with pytest.raises(RecipeError) as caught:
         load_recipe(written(tmp_path, MINIMAL + extra))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("experts: {math: {source: tiny/math, revision: ''}}", "experts.math.revision: empty revision; name a branch"),
+        ("experts: {math: {source: tiny/math, revision: ' '}}", "experts.math.revision: empty revision"),
+        (
+            "experts: {math: tiny/math@}",
+            "experts.math: empty revision; write tiny/math@ with a branch, tag or commit, or tiny/math",
+        ),
+        ("experts: {math: s3://}", "experts.math: no bucket; expected s3://bucket/prefix"),
+        ("experts: {math: ''}", "experts.math: empty source; expected a Hub id, a folder or a URL"),
+        ("experts: {math: null}", "experts.math: expected a source (a Hub id, a folder or a URL) (got None)"),
+        ("experts: {math: 5}", "experts.math: expected a source (a Hub id, a folder or a URL) (got 5)"),
+        ("experts: {math: {source: 5}}", "experts.math.source: expected a source (a Hub id, a folder or a URL) (got 5)"),
+        ("base: ''", "base: empty source; expected a Hub id, a folder or a URL"),
+        ("base: 5", "base: expected a source (a Hub id, a folder or a URL) (got 5)"),
+        ("base: hf://org/name@main", "got the scheme 'hf'; write a model on the Hub as org/name@main"),
+        (
+            "experts: {math: {source: 's3://b/x', revision: main}}",
+            "experts.math.revision: only sources on the Hub have revisions",
+        ),
+        ("experts: {math: {source: a/b@c, revision: main}}", "experts.math.revision: a/b@c names a revision already; keep one"),
+        ("deltas: ''", "deltas: empty; give a folder"),
+        ("output: FILE://host/x", "output: a file URL of another host; expected file:///folder"),
+        (
+            "router: {queries: {b: 's3://b/x'}}",
+            "router.queries.b: queries are read from local files, got the scheme 's3'; give",
+        ),
+        ("router: {queries: {b: ''}}", "router.queries.b: empty; give a file"),
+    ],
+)
+def test_how_places_are_written(tmp_path: Path, extra: str, message: str) -> None:
+    fields = yaml.safe_load(MINIMAL) | yaml.safe_load(extra)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(written(tmp_path, yaml.safe_dump(fields | {"merge": {"groups": 1}})))
+    (problem,) = caught.value.problems
+    assert message in problem
+
+
+@pytest.mark.parametrize("key", ["base", "experts.a", "deltas", "output", "router.queries.a"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "https://user:SECRET@h/x", "https://SECRET@huggingface.co/org/name", "https://h/x?token=SECRET", "s3://AK:SECRET@b/x",
+        "S3://SECRET@b/x", "s3://b/x?key=SECRET", "az://b/x#SECRET", "abfss://c:SECRET@h/x", "file://user:SECRET@h/x",
+        "SECRET@x://y",
+    ],
+)  # fmt: skip
+def test_what_a_url_may_hide_is_not_repeated(tmp_path: Path, key: str, place: str) -> None:
+    with pytest.raises(RecipeError, match=key) as caught:
+        load_recipe(written(tmp_path, MINIMAL), {key: place})
+    assert "SECRET" not in str(caught.value).upper()
+    assert "AK" not in str(caught.value)
+
+
+def test_file_urls_are_paths(tmp_path: Path) -> None:
+    url = f"FILE://localhost{tmp_path}/a%20b"
+    recipe = load_recipe(written(tmp_path, MINIMAL), {"base": url, "deltas": f"{url}/../d", "router.queries.a": f"{url}/q"})
+    assert recipe.base == str(tmp_path / "a b")
+    assert recipe.deltas == str(tmp_path / "d")
+    assert recipe.router.queries == {"a": str(tmp_path / "a b" / "q")}
+
+
+@pytest.mark.parametrize("key", ["deltas", "output"])
+@pytest.mark.parametrize("place", ["base", "../a", "b/inside/of/it", "link", "link/x", "file://{}/base"])
+def test_nothing_is_written_into_a_sources_folder(tmp_path: Path, key: str, place: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    with pytest.raises(RecipeError, match=rf"{key}: the .* would be written into the folder of .*; choose another folder"):
+        load_recipe(written(tmp_path, MINIMAL), {key: place.format(tmp_path)})
+
+
+@pytest.mark.parametrize("key", ["deltas", "output"])
+@pytest.mark.parametrize("name", ["config.json", "model-00001-of-00002.safetensors"])
+def test_nothing_is_written_into_a_checkpoint(tmp_path: Path, key: str, name: str) -> None:
+    (tmp_path / "model" / "deltas").mkdir(parents=True)
+    (tmp_path / "model" / name).touch()
+    with pytest.raises(RecipeError, match=rf"{key}: the .* would be written into .*/model, which holds a checkpoint; choose"):
+        load_recipe(written(tmp_path, MINIMAL), {key: "model"})
+    load_recipe(written(tmp_path, MINIMAL), {key: "model/deltas"})
+
+
+def test_deltas_and_output_have_folders_of_their_own(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"deltas: the delta store would be written into the output, .*/out; choose another"):
+        load_recipe(written(tmp_path, MINIMAL), {"deltas": "x/../out/"})
+    load_recipe(written(tmp_path, MINIMAL), {"deltas": "baseline", "output": "base-merged"})
 
 
 def test_wrong_keys_do_not_hide_what_does_not_fit_together(tmp_path: Path) -> None:

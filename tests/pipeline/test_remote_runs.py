@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -17,10 +18,12 @@ import torch
 import yaml
 from moto.server import ThreadedMotoServer
 from obstore.store import S3Store
+from safetensors.torch import load_file, save_file
 
 from flows.planning import judge
 from pipeline.recipe import load_recipe
 from storage.artifact import Artifact
+from storage.checkpoint import SIDE_FILES
 from storage.errors import SourceError
 from tests.pipeline.test_adapters import ADAPTERS
 from tests.pipeline.test_adapters import write_family as write_adapters
@@ -80,10 +83,10 @@ def test_what_is_in_the_store_is_not_fetched_again(family: Family, hub: HubServe
     hub.requests.clear()
     recipe = hub_recipe(family, **{"merge.groups": 3})
     plan = json.loads(command("plan", recipe, "--json", environment=environment).stdout)
-    assert plan["totals"]["fetch"] == 0
+    beside = [path for name in ("base", *NAMES) for path in (family.folder / name).iterdir() if path.name in SIDE_FILES]
+    assert plan["totals"]["fetch"] == sum(path.stat().st_size for path in beside)
     assert run(recipe, environment)["new"]
-    headers = sum((family.folder / name).stat().st_size for name in ("base", *NAMES))
-    assert all(request.range is not None for request in hub.asked(SHARDS)), headers
+    assert all(request.range is not None for request in hub.asked(SHARDS))
     starts = [str(request.range).removeprefix("bytes=").partition("-")[0] for request in hub.asked(SHARDS)]
     assert set(starts) == {"0"}  # headers
 
@@ -92,6 +95,25 @@ def test_workers_of_a_cluster_fetch_for_themselves(family: Family, hub: HubServe
     environment = hub_environment(hub.url, tmp_path / "hf")
     recipe = hub_recipe(family, cluster={"kind": "local", "workers": 2})
     assert run(recipe, environment)["version"] == merged(family.recipe()).version
+
+
+def test_recipes_of_one_base_share_its_copy(family: Family, hub: HubServer, tmp_path: Path) -> None:
+    """Whatever tensors their experts use: the second neither fetches it again nor takes it from under the first."""
+    for name in ("base", "math"):
+        path = family.folder / name / "model.safetensors"
+        save_file({**load_file(path), "classifier.weight": torch.ones(3, 16, dtype=torch.bfloat16)}, path)
+    environment = hub_environment(hub.url, tmp_path / "hf")
+    first = {"experts": {name: f"tiny/{name}" for name in ("math", "code")}}
+    second = {"experts": {name: f"tiny/{name}" for name in ("code", "chinese")}, "output": "../second"}
+    made = run(hub_recipe(family, **first), environment)["version"]
+    (copy,) = (family.folder.parent / "hub-deltas").glob("*/base/complete.json")
+    before = copy.read_bytes(), copy.stat().st_mtime_ns
+    run(hub_recipe(family, **second), environment)
+    assert (copy.read_bytes(), copy.stat().st_mtime_ns) == before
+    shutil.rmtree(family.folder.parent / "hub-output")
+    hub.forget()
+    assert run(hub_recipe(family, **first), environment)["version"] == made
+    assert {str(request.range).partition("-")[0] for request in hub.asked(SHARDS)} == {"bytes=0"}
 
 
 def test_a_private_family_is_read_with_a_token_that_is_kept_nowhere(family: Family, tmp_path: Path) -> None:
@@ -141,7 +163,8 @@ def test_the_plan_reads_headers_and_says_what_a_run_will_fetch(family: Family, h
     for source in told["sources"]:
         name = source["place"].partition("@")[0].partition("/")[2]
         tensors = read_checkpoint(family.folder / name)
-        assert source["fetch"] == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        beside = sum(path.stat().st_size for path in (family.folder / name).iterdir() if path.name in SIDE_FILES)
+        assert source["fetch"] == beside + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         assert source["parameters"] == sum(tensor.numel() for tensor in tensors.values())
     assert told["totals"]["fetch"] == sum(source["fetch"] for source in told["sources"])
     assert not (tmp_path / "hf" / "hub").exists() or not weights(tmp_path / "hf")
@@ -163,7 +186,9 @@ def test_an_adapter_on_the_hub_is_an_expert(tmp_path: Path) -> None:
     fetch = {source["label"]: source["fetch"] for source in told["sources"]}
     for name in ADAPTERS:
         factors = read_checkpoint(tmp_path / "family" / name)
-        assert fetch[f"expert {name}"] == sum(tensor.numel() * tensor.element_size() for tensor in factors.values())
+        size = sum(tensor.numel() * tensor.element_size() for tensor in factors.values())
+        whole = (tmp_path / "family" / name / "adapter_model.safetensors").stat().st_size
+        assert size <= fetch[f"expert {name}"] <= whole + 2000, name
     assert found["version"] == merged(recipe).version
 
 

@@ -258,7 +258,7 @@ def test_roles_are_what_the_live_modules_are(saved: tuple[PreTrainedModel, Path]
     wrong = {}
     for name, tensor in tensors.items():
         expected, role = right[key(tensor)], found[name]
-        policy, axis = ("private", 0) if expected.axis is None else ("merge", expected.axis)
+        policy, axis = ("private", min(role.channel_axis, 0)) if expected.axis is None else ("merge", expected.axis)
         if role.kind not in expected.kinds or (role.policy, role.channel_axis) != (policy, axis):
             wrong[name] = (tuple(tensor.shape), role, expected)
     assert not wrong
@@ -416,7 +416,7 @@ def test_every_tensor_has_a_role_with_an_axis_of_its_own(tensors: dict[str, Shap
     for name, role in found.items():
         assert role.channel_axis <= max(len(tensors[name]) - 1, 0)
         assert role.policy == "private" or len(tensors[name]) in (2, 3)
-        assert role.policy == "merge" or role.channel_axis == 0
+        assert role.policy == "merge" or role.channel_axis == 0 or (role.channel_axis == -1 and len(tensors[name]) == 1)
 
 
 @pytest.mark.parametrize(
@@ -491,3 +491,24 @@ def test_tensors_that_a_tie_left_out_are_found_again(saved: tuple[PreTrainedMode
     for name in state.keys() - stored:
         original = places.get(state[name].data_ptr())
         assert tie_partner(name, stored) == original or original is None
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "axis"),
+    [
+        ("lm_head.bias", (40,), -1),
+        ("cls.predictions.bias", (40,), -1),
+        ("classifier.bias", (3,), -1),
+        ("score.bias", (3,), -1),
+        ("model.norm.weight", (16,), 0),
+        ("model.layers.0.mlp.up_proj.bias", (16,), 0),
+        ("classifier.weight", (3, 16), 0),
+    ],
+)
+def test_vectors_that_experts_may_have_in_other_lengths_are_rows_of_one_entry(name: str, shape: Shape, axis: int) -> None:
+    assert roles({name: shape}, {})[name] == Role(roles({name: shape}, {})[name].kind, "private", axis)
+
+
+@pytest.mark.parametrize("kind", [["x"], {"a": 1}, 5, None])
+def test_a_model_type_that_is_no_string_is_none(kind: Any) -> None:
+    assert roles({"h.0.attn.c_attn.weight": (8, 24)}, {"model_type": kind})["h.0.attn.c_attn.weight"].channel_axis == 0

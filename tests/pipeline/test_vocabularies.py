@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from storage.errors import PlanError
 from tests.support.running import command, merged, rebuilt
@@ -80,7 +81,8 @@ def test_an_expert_may_have_fewer_tokens(family: Family, tmp_path: Path) -> None
     assert "expert code: lm_head.weight has 17 of the base's 20 rows; it keeps these" in outcome.manifest.notes
     rules = [{"match": EMBEDDING, "policy": "merge"}]
     with pytest.raises(
-        PlanError, match=r"expert code: tensor model.embed_tokens.weight: expected shape \[20, 16\], got \[17, 16\]"
+        PlanError,
+        match=r"expert code: tensor model.embed_tokens.weight: expected shape \[20, 16\] as in the base, got \[17, 16\]",
     ):
         merged(family.recipe(experts={"code": "./cut", "math": "./math"}, **{"merge.rules": rules}))
 
@@ -135,3 +137,38 @@ def test_mixed_types_of_base_and_experts(tmp_path: Path) -> None:
         for tensor, weight in tensors.items():
             assert_same(found[tensor], weight.bfloat16())
     assert any("cast once from F32 to the base's BF16" in note for note in outcome.manifest.notes)
+
+
+def test_an_exports_configuration_says_what_it_is(tmp_path: Path) -> None:
+    """The type it was cast to, and no quantisation that its weights do not have; else the file is the expert's own."""
+    family = write_family(tmp_path / "family")
+    told = {"torch_dtype": "float32", "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    write_checkpoint(family.folder / "wide", {n: t.float() for n, t in fine_tuned(family.base, 31).items()}, told)
+    outcome = merged(family.recipe(experts={"wide": "./wide", "code": "./code"}))
+    for name in ("wide", "code"):
+        rebuilt(outcome, name, tmp_path)
+    own = json.loads((family.folder / "wide" / "config.json").read_text())
+    found = json.loads((tmp_path / f"{outcome.version}-wide" / "config.json").read_text())
+    assert found == {key: value for key, value in own.items() if key != "quantization_config"} | {"torch_dtype": "bfloat16"}
+    code = (tmp_path / f"{outcome.version}-code" / "config.json").read_bytes()
+    assert code == (family.expert("code") / "config.json").read_bytes()
+
+
+def test_a_head_that_only_experts_have_does_not_hide_their_tokens(family: Family) -> None:
+    path = family.folder / "base" / "model.safetensors"
+    save_file({n: t for n, t in load_file(path).items() if n != HEAD}, path)
+    tokenizer(family.folder / "base", words(VOCABULARY))
+    for name in family.experts:
+        tokenizer(family.expert(name), words(VOCABULARY))
+    tokenizer(family.expert("math"), {**words(VOCABULARY - 1), "x": VOCABULARY - 1})
+    recipe = family.recipe(**{"merge.rules": [{"match": "*embed_tokens*", "policy": "merge"}]})
+    with pytest.raises(PlanError, match="rows of different tokens cannot be merged"):
+        merged(recipe)
+
+
+def test_a_tokenizer_that_cannot_be_read_does_not_stop_a_merge_that_needs_none(family: Family) -> None:
+    tokenizer(family.folder / "base", words(VOCABULARY))
+    for name in family.experts:
+        tokenizer(family.expert(name), words(VOCABULARY))
+    (family.expert("math") / "tokenizer.json").write_text("{")
+    assert any("expert math: its tokens were not compared: " in note for note in merged(family.recipe()).manifest.notes)

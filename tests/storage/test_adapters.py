@@ -271,6 +271,54 @@ def test_a_tied_head_that_is_saved_by_name_is_refused_too() -> None:
         adapter_tensors("expert x", CONFIG | {"modules_to_save": ["lm_head"]}, stored, without("lm_head.weight")(base_infos()))
 
 
+EMBEDDING = "model.embed_tokens.weight"
+SAVED_EMBEDDING = CONFIG | {"modules_to_save": ["embed_tokens"]}
+
+
+def test_an_embedding_of_its_own_for_a_base_without_head() -> None:
+    untied = base_infos()
+    tied = without("lm_head.weight")(untied)
+    alone = plus((EMBEDDING, (VOCABULARY, HIDDEN)))(adapter_infos())
+    for base in (tied, renamed(lambda name: name.removeprefix("model."))(tied)):
+        with pytest.raises(CheckpointError, match=r"embedding of its own, (model\.)?embed_tokens.weight, for a base that ties"):
+            adapter_tensors("expert x", SAVED_EMBEDDING, alone, base)
+    adapter_tensors("expert x", SAVED_EMBEDDING, alone, untied)
+    adapter_tensors("expert x", SAVED_EMBEDDING | {"ensure_weight_tying": True}, alone, tied)
+    adapter_tensors("expert x", SAVED_EMBEDDING | {"task_type": "TOKEN_CLS"}, alone, tied)
+    both = plus(("lm_head.weight", (VOCABULARY, HIDDEN)))(alone)
+    adapter_tensors("expert x", SAVED_EMBEDDING, both, tied)
+
+
+@pytest.mark.parametrize(
+    ("stored", "saved", "is_refused"),
+    [
+        ([], "embeddings.word_embeddings", False),
+        (["cls.predictions.bias"], "embeddings.word_embeddings", True),
+        (["cls.predictions.bias", "cls.predictions.decoder.weight"], "embeddings.word_embeddings", False),
+        (["lm_head.bias"], "embeddings.word_embeddings", True),
+        (["decoder.bias"], "embeddings.tok_embeddings", True),
+        (["lm_head.bias"], "embeddings.LayerNorm", False),
+        (["lm_head.bias"], "embeddings.position_embeddings", False),
+        ([], "word_embeddings", True),
+        (["output_layer.weight"], "word_embeddings", False),
+        ([], "embed_tokens_per_layer", False),
+        ([], "embed_in", True),
+        (["embed_out.weight"], "embed_in", False),
+        (["lm_head.weight"], "shared", True),
+    ],
+)
+def test_what_is_tied_is_told_by_names(stored: list[str], saved: str, is_refused: bool) -> None:
+    name = f"{saved}.weight"
+    base = {key: info(key, (VOCABULARY, HIDDEN)) for key in [name, *stored]}
+    own = plus((name, (VOCABULARY, HIDDEN)))({})
+    config = CONFIG | {"modules_to_save": [saved], "rank_pattern": {}}
+    if is_refused:
+        with pytest.raises(CheckpointError, match=f"embedding of its own, {name}, for a base that ties"):
+            adapter_tensors("expert x", config, own, base)
+    else:
+        assert isinstance(adapter_tensors("expert x", config, own, base)[name].data, FileRows)
+
+
 def test_all_problems_are_listed_at_once() -> None:
     stored = plus((f"{Q}.lora_magnitude_vector", (HIDDEN,)), ("score.weight", (3, HIDDEN)))(without(B_KEY)(adapter_infos()))
     config = CONFIG | {"use_dora": True, "init_lora_weights": "pissa", "rank_pattern": {"down_proj": 2}}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.kernels.bits import to_float
 from pipeline.kernels.lowrank import added, delta_rows, embedding_delta_rows
-from storage.adapters import ADAPTER_CONFIG, adapter_tensors, check_base_copies
+from storage.adapters import ADAPTER_CONFIG, adapter_notes, adapter_tensors, check_base_copies
 from storage.errors import CheckpointError
 from storage.files import LocalFile
 from storage.tensors import BaseRows, FileRows, LowRank, TensorInfo
@@ -23,7 +23,20 @@ from storage.tensors import BaseRows, FileRows, LowRank, TensorInfo
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what the imports of peft warn of depends on what else is installed
     from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+    from transformers import (
+        BertConfig,
+        BertForMaskedLM,
+        BertModel,
+        BloomConfig,
+        BloomForCausalLM,
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        LlamaForSequenceClassification,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
 
 NUMBERS = {"F32": torch.float32, "BF16": torch.bfloat16}
 Infos = dict[str, TensorInfo]
@@ -90,6 +103,13 @@ class Case:
     """Tensors the adapter is to hold whole."""
 
 
+BERT: dict[str, Any] = {
+    "vocab_size": 53,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 CASES = {
     "plain": Case({"r": 4, "lora_alpha": 7, "target_modules": LINEAR}),
@@ -121,8 +141,30 @@ CASES = {
         {"r": 4, "target_modules": LINEAR}, tied_llama, vocabulary=59, own=("model.embed_tokens.weight",)
     ),
     "tied embedding": Case({"r": 4, "target_modules": ["embed_tokens"]}, tied_llama),
-    "tied embedding saved": Case(
-        {"r": 4, "target_modules": LINEAR, "modules_to_save": ["embed_tokens"]}, tied_llama, own=("model.embed_tokens.weight",)
+    "tied embedding and head saved": Case(
+        {"r": 4, "target_modules": LINEAR, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        tied_llama,
+        own=("model.embed_tokens.weight",),
+    ),
+    "tied embedding and head saved, tokens added": Case(
+        {"r": 4, "target_modules": LINEAR, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        tied_llama,
+        vocabulary=59,
+        own=("model.embed_tokens.weight",),
+    ),
+    "embedding saved": Case(
+        {"r": 4, "target_modules": LINEAR, "modules_to_save": ["embed_tokens"]}, own=("model.embed_tokens.weight",)
+    ),
+    "embedding of a bare encoder saved": Case(
+        {"r": 4, "target_modules": ["query"], "modules_to_save": ["word_embeddings"]},
+        lambda: BertModel(BertConfig(**BERT)),
+        own=("embeddings.word_embeddings.weight",),
+    ),
+    "tied embedding saved by a classifier": Case(
+        {"r": 4, "target_modules": LINEAR, "modules_to_save": ["embed_tokens"], "task_type": "SEQ_CLS"},
+        tied_llama,
+        opened=classifier,
+        own=("model.embed_tokens.weight", "score.weight"),
     ),
     "norm saved": Case(
         {"r": 4, "target_modules": LINEAR, "modules_to_save": ["input_layernorm"]},
@@ -295,6 +337,71 @@ def test_an_embedding_that_left_its_tied_head_behind_is_refused(tmp_path: Path) 
     assert not torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"]), "peft trains the one alone"
     with pytest.raises(CheckpointError, match=r"copies.*lm_head.weight \(rows 0 to 59 differ from .*embed_tokens.weight\)"):
         check_base_copies("expert x", stored, base)
+
+
+def bert() -> BertForMaskedLM:
+    return BertForMaskedLM(BertConfig(**BERT))
+
+
+def bloom() -> BloomForCausalLM:
+    return BloomForCausalLM(BloomConfig(vocab_size=53, hidden_size=32, n_layer=1, n_head=4))
+
+
+def t5() -> T5ForConditionalGeneration:
+    return T5ForConditionalGeneration(T5Config(vocab_size=53, d_model=32, d_kv=8, d_ff=40, num_layers=1, num_heads=4))
+
+
+LEFT_BEHIND: dict[str, tuple[Callable[[], Any], dict[str, Any], str, str]] = {
+    "llama": (
+        tied_llama, {"target_modules": LINEAR, "modules_to_save": ["embed_tokens"]},
+        "model.embed_tokens.weight", "lm_head.weight",
+    ),
+    "gpt2": (
+        gpt2, {"target_modules": ["c_attn"], "modules_to_save": ["wte"], "fan_in_fan_out": True},
+        "transformer.wte.weight", "lm_head.weight",
+    ),
+    "bloom": (
+        bloom, {"target_modules": ["query_key_value"], "modules_to_save": ["word_embeddings"]},
+        "transformer.word_embeddings.weight", "lm_head.weight",
+    ),
+    "bert": (
+        bert, {"target_modules": ["query"], "modules_to_save": ["word_embeddings"]},
+        "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight",
+    ),
+    "t5": (t5, {"target_modules": ["q"], "modules_to_save": ["shared"]}, "shared.weight", "encoder.embed_tokens.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "lora", "name", "head"), LEFT_BEHIND.values(), ids=LEFT_BEHIND)
+def test_a_trained_embedding_without_what_is_tied_to_it_is_refused(
+    model: Callable[[], Any], lora: dict[str, Any], name: str, head: str, tmp_path: Path
+) -> None:
+    case = Case({"r": 4, **lora}, model)
+    state = write(case, tmp_path)
+    assert torch.equal(state[head], load_file(tmp_path / "base" / "model.safetensors")[name]), "peft leaves it the base's"
+    assert not torch.equal(state[head], state[name])
+    config, stored, base = opened(case, tmp_path)
+    assert head not in base
+    with pytest.raises(
+        CheckpointError, match=rf"expert x: an embedding of its own, {name}, .*with peft, untie the merged model"
+    ):
+        adapter_tensors("expert x", config, stored, base)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_factors_of_a_tied_embedding_are_noted_as_peft_merges_them_to_another_model(tied: bool, tmp_path: Path) -> None:
+    case = Case({"r": 4, "lora_alpha": 7, "target_modules": ["embed_tokens"]}, tied_llama if tied else llama)
+    write(case, tmp_path)
+    tokens = torch.arange(9)[None]
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # peft's remarks on ties
+        live = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+        before = live(input_ids=tokens).logits
+        after = live.merge_and_unload().eval()(input_ids=tokens).logits
+    assert torch.allclose(before, after, atol=1e-5) is not tied
+    config, stored, base = opened(case, tmp_path)
+    notes = adapter_notes(config, str(tmp_path / "base"), adapter_tensors("expert x", config, stored, base))
+    assert ["factors of model.embed_tokens.weight change the LM head too" in note for note in notes] == [True] * tied
 
 
 def test_a_copy_that_is_not_the_bases_is_found(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from storage.errors import CheckpointError
 from storage.tensors import FileRows
@@ -105,3 +106,15 @@ def test_a_file_cut_after_planning_is_noticed(tmp_path: Path) -> None:
         CheckpointError, match=rf"model.safetensors: tensor {info.name}: expected \d+ bytes .* the file ends there"
     ):
         info.read(0, info.rows)
+
+
+def test_one_file_is_used_before_an_index_of_others(family: Family) -> None:
+    """As transformers does; and it is said."""
+    folder = family.expert("code")
+    save_file(family.experts["math"], folder / "model.safetensors")
+    found = open_at("expert code", folder)
+    info = found.tensors["lm_head.weight"]
+    expected = family.experts["math"]["lm_head.weight"].view(torch.int16).numpy().view(np.uint16)
+    np.testing.assert_array_equal(info.read(0, info.rows)[:20], expected[:20])
+    assert [note for note in found.notes if "model.safetensors is used, as transformers does" in note]
+    assert "model-00001-of-00003.safetensors" not in found.files

@@ -693,7 +693,7 @@ def a_login_page(hub: HubServer) -> None:
 @pytest.mark.parametrize(
     ("trouble", "message"),
     [
-        (missing, "there is no such repository, or it is private: check the name, or set HF_TOKEN to a token that may read it"),
+        (missing, "nor a folder of that name beside the recipe, or it is private: check the name, or set HF_TOKEN to a token"),
         (
             gated,
             "it is gated: accept its terms at http://127.0.0.1:[0-9]+/org/expert and set HF_TOKEN to a token of that account",
@@ -717,7 +717,7 @@ def test_refusals_say_what_to_do(
     ("trouble", "message"),
     [
         (missing, "there is no such repository"),
-        (private, "there is no such repository, or it is private"),
+        (private, "there is no such repository, nor a folder of that name beside the recipe, or it is private"),
         (gated, "it is gated: accept its terms at"),
         (disabled, "has disabled this repository"),
         (forbidden, "access was refused"),
