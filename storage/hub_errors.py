@@ -135,8 +135,8 @@ def _refusal(subject: str, asked: Asked, error: errors.HfHubHTTPError) -> Channe
         problem = f"{asked.endpoint} does not know the token ({said}). Set HF_TOKEN to a valid one, or run hf auth login."
     elif isinstance(error, errors.RepositoryNotFoundError) or status == HTTPStatus.UNAUTHORIZED:
         problem = (
-            "there is no such repository, nor a folder of that name beside the recipe, or it is private: check the name, or set "
-            "HF_TOKEN to a token that may read it."
+            "there is no such repository, nor a folder of that name beside the recipe, or it is private: check the name, or "
+            "set HF_TOKEN to a token that may read it."
         )
     elif isinstance(error, errors.RevisionNotFoundError):
         problem = f"{asked.repo} has no revision {asked.commit}. Name a branch, a tag or a commit of it."
