@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline import memory
 from pipeline.drafting import is_tied
-from pipeline.job import stored_base
+from pipeline.job import stored_base, stored_copies
 from pipeline.kernels.methods.byom import kept_per_row
 from pipeline.opening import Opened
 from pipeline.plan import MergePlan, TensorPlan, plan_blocks
@@ -95,7 +95,9 @@ def fetched_bytes(infos: Sequence[TensorInfo], budget: int) -> int:
     return total
 
 
-def _fetch(checkpoint: Checkpoint, infos: Sequence[TensorInfo], budget: int, *, stored: bool) -> int:
+def _fetch(
+    checkpoint: Checkpoint, infos: Sequence[TensorInfo], budget: int, *, stored: bool, ties: Mapping[str, str] | None = None
+) -> int:
     """Bytes of one source that come over the network: weights that are not in the store, and the files beside them."""
     if checkpoint.folder.is_local:
         return 0
@@ -103,7 +105,7 @@ def _fetch(checkpoint: Checkpoint, infos: Sequence[TensorInfo], budget: int, *, 
     if stored:
         return beside
     factors = {part for info in infos if isinstance(info.data, LowRank) for part in (info.data.a, info.data.b)}
-    copies = 0
+    copies = sum(info.nbytes for pair in stored_copies(checkpoint, ties or {}) for info in pair)  # compared
     if checkpoint.is_adapter:  # it may hold copies of the base's tensors, which are compared with them
         held = sum(part.nbytes for part in factors) + sum(i.nbytes for i in infos if isinstance(i.data, FileRows))
         copies = max(checkpoint.folder.file(ADAPTER).size - held, 0)
@@ -203,7 +205,7 @@ def forecast(recipe: Recipe, opened: Opened, plan: MergePlan) -> Forecast:
         used = {tensor.name: tensor.experts[name] for tensor in plan.tensors.values() if name in tensor.experts}
         ids = (base_id, expert.folder.id)
         whole = None not in ids and is_whole(expert_group(deltas, str(ids[0]), str(ids[1])), used)
-        sources.append(_source(expert, _fetch(expert, list(used.values()), plan.memory, stored=whole)))
+        sources.append(_source(expert, _fetch(expert, list(used.values()), plan.memory, stored=whole, ties=plan.ties[name])))
     store = sum(map(_store_bytes, copied.values()))
     store += sum(_store_bytes(info) for tensor in plan.tensors.values() for info in tensor.experts.values())
     store += sum(tensor.base_rows * count * count * 8 for tensor in plan.clustered) * _tables(recipe)

@@ -42,6 +42,8 @@ class Source:
     """Local copies of configuration and tokenizer; an adapter has its base's where it has none of its own."""
     parameters: int
     is_adapter: bool
+    copies: tuple[tuple[TensorInfo, TensorInfo], ...]
+    """Stored tensors that its config ties to others, and these: they are left out, so they must be equal."""
 
 
 def check_unchanged(label: str, source: Source) -> None:
@@ -122,7 +124,7 @@ def check_places(recipe: Recipe) -> None:
         raise OutputExistsError(f"deltas {deltas} is a file, not a folder. Choose another place for the delta store.")
 
 
-def _identified(base: Source | None, checkpoint: Checkpoint) -> Source:
+def _identified(base: Source | None, checkpoint: Checkpoint, ties: Mapping[str, str]) -> Source:
     """A checkpoint's content by its digests."""
     folder = checkpoint.folder
     stamps = folder.stamps(checkpoint.files)
@@ -131,20 +133,26 @@ def _identified(base: Source | None, checkpoint: Checkpoint) -> Source:
     if checkpoint.is_adapter and base is not None:
         side = {**base.side, **side}
     entries = sum(info.rows * info.width for info in checkpoint.tensors.values())
-    return Source(folder, folder.id or short_id(files), files, stamps, side, entries, checkpoint.is_adapter)
+    copies = () if checkpoint.is_adapter else stored_copies(checkpoint, ties)
+    return Source(folder, folder.id or short_id(files), files, stamps, side, entries, checkpoint.is_adapter, copies)
+
+
+def stored_copies(checkpoint: Checkpoint, ties: Mapping[str, str]) -> tuple[tuple[TensorInfo, TensorInfo], ...]:
+    """The tensors that a checkpoint stores although its config ties them to others, and these."""
+    held = checkpoint.tensors
+    return tuple((held[name], held[partner]) for name, partner in ties.items() if name in held)
 
 
 def stored_base(base: Checkpoint) -> dict[str, TensorInfo]:
     """The base's tensors that are copied into the store: all of a remote one, those stored (in, out) of a local one.
 
-    Whatever a recipe uses of them: recipes of one base share the copy.
+    Whatever a recipe uses of them, and whether the Hub's are read from its client's cache: runs of one base share the copy.
     """
+    at_hand = base.folder.is_local and base.folder.id is None
     return {
         name: info
         for name, info in base.tensors.items()
-        if info.dtype in DTYPES
-        and 0 not in info.shape
-        and (not base.folder.is_local or is_transposed(info.shape, info.channel_axis))
+        if info.dtype in DTYPES and 0 not in info.shape and (not at_hand or is_transposed(info.shape, info.channel_axis))
     }
 
 
@@ -206,9 +214,9 @@ def resolve(recipe: Recipe, *more_checks: Callable[[Recipe], object]) -> Job:
     """
     opened, plan = _checked(recipe, (check_places, *more_checks, _opened_and_planned))[-1]
     recipe = _pinned(recipe, opened)
-    base = _identified(None, opened.base)
+    base = _identified(None, opened.base, {})
     with ThreadPoolExecutor(len(opened.experts)) as pool:
-        found = pool.map(lambda checkpoint: _identified(base, checkpoint), opened.experts.values())
+        found = pool.map(lambda name: _identified(base, opened.experts[name], plan.ties[name]), opened.experts)
         sources = dict(zip(opened.experts, found, strict=True))
     mutable = any(source.stamps for source in (base, *sources.values()))
     if mutable and open_sources(recipe) != opened:  # headers were read before the stamps were taken

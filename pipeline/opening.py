@@ -56,6 +56,8 @@ def _names_in_base(base: Checkpoint, expert: Checkpoint) -> dict[str, str]:
     """Own name -> the base's name for it. A model with a head stores its body under a prefix, a bare one does not."""
     names, known = expert.tensors.keys(), {_modern(name): name for name in base.tensors}
     best: dict[str, str] = {name: known.get(_modern(name), name) for name in names}
+    if len(set(best.values())) < len(names):  # it holds old names beside new ones
+        best = {name: name for name in names}
     for prefix in sorted({f"{name.partition('.')[0]}." for name in (*names, *known)}):
         for found in (
             {name: known.get(_modern(name).removeprefix(prefix), name) for name in names},

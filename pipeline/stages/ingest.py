@@ -267,9 +267,23 @@ def _sources(job: Job) -> list[_Ingested]:
     return found
 
 
+def _check_copies(label: str, copies: Sequence[tuple[TensorInfo, TensorInfo]]) -> None:
+    """CheckpointError when a head that a config ties to the embedding is another one: leaving it out would change the model."""
+    for copy, info in copies:
+        for start in range(0, copy.rows, copy.chunk_rows):
+            stop = min(start + copy.chunk_rows, copy.rows)
+            alike = (copy.dtype, copy.shape) == (info.dtype, info.shape)
+            if not alike or not np.array_equal(copy.read(start, stop), info.read(start, stop)):
+                raise CheckpointError(
+                    f"{label}: tensor {copy.name}: its config ties it to {info.name}, but the two differ. Set "
+                    "tie_word_embeddings to false in its config.json if both are meant, or remove the one that is not."
+                )
+
+
 def _bring_in(job: Job, engine: Engine, one: _Ingested) -> tuple[list[IngestReceipt], list[str]]:
     """Bring one source into the store. Receipts, and problems with its values; with any, it stays incomplete."""
     create_expert_group(one.group, one.infos, one.source.id)
+    _check_copies(one.label, one.source.copies)
     if one.source.is_adapter:
         bases = {tensor.name: tensor.base for tensor in job.plan.tensors.values() if tensor.base is not None}
         check_adapter(one.label, one.source.folder, bases)

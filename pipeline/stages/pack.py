@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,13 +104,15 @@ def _fit_config(path: Path, job: Job, expert: str) -> None:
     """Make a configuration say what the export is: its type, its tokens, not quantised. What says so already stays as it is."""
     fields = json.loads(path.read_bytes())
     before = copy.deepcopy(fields)
-    for key in ("quantization_config", "compression_config"):  # of a base it was trained on: the weights are not
-        fields.pop(key, None)
     held = [tensor for tensor in job.plan.tensors.values() if expert in tensor.experts]
-    cast = {DTYPE_NAMES[t.dtype] for t in held if t.experts[expert].dtype != t.dtype and t.dtype in DTYPE_NAMES}
-    for key in ("dtype", "torch_dtype"):
-        if len(cast) == 1 and key in fields:
-            fields[key] = next(iter(cast))
+    main = _main_dtype({t.name: (t.dtype, t.experts[expert].rows * t.width) for t in held})
+    was = _main_dtype({t.name: (t.experts[expert].dtype, t.experts[expert].rows * t.width) for t in held})
+    for section in (fields, *(part for part in fields.values() if isinstance(part, dict))):
+        for key in ("quantization_config", "compression_config"):  # of a base it was trained on: the weights are not
+            section.pop(key, None)
+        for key in ("dtype", "torch_dtype"):
+            if main != was and section.get(key) == was:
+                section[key] = main
     if job.experts[expert].is_adapter:  # its configuration is its base's
         grown = {t.experts[expert].rows for t in held if is_vocabulary(t.name) and t.experts[expert].rows != t.base_rows}
         section = fields["text_config"] if "vocab_size" in (fields.get("text_config") or {}) else fields
@@ -117,6 +120,15 @@ def _fit_config(path: Path, job: Job, expert: str) -> None:
             section["vocab_size"] = grown.pop()
     if fields != before:
         path.write_bytes(canonical_json(fields))
+
+
+def _main_dtype(tensors: Mapping[str, tuple[str, int]]) -> str | None:
+    """The type of most entries of floating-point tensors, as configurations name it."""
+    entries: Counter[str] = Counter()
+    for dtype, count in tensors.values():
+        if dtype in DTYPE_NAMES:
+            entries[DTYPE_NAMES[dtype]] += count
+    return max(sorted(entries), key=lambda name: entries[name], default=None)
 
 
 @dataclass(frozen=True)

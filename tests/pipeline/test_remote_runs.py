@@ -27,6 +27,8 @@ from storage.checkpoint import SIDE_FILES
 from storage.errors import SourceError
 from tests.pipeline.test_adapters import ADAPTERS
 from tests.pipeline.test_adapters import write_family as write_adapters
+from tests.pipeline.test_architectures import EXPERTS, model_of, noisy
+from tests.pipeline.test_architectures import write_family as write_gpt2
 from tests.support.hub_server import HubServer, hub_environment
 from tests.support.running import command, merged
 from tests.support.tiny_experts import NAMES, Family, read_checkpoint
@@ -204,6 +206,29 @@ def test_offline_reads_what_was_downloaded(family: Family, hub: HubServer, tmp_p
     found = run(hub_recipe(family), offline)
     assert hub.requests == []
     assert found["version"] == merged(family.recipe()).version
+
+
+def test_a_run_without_network_leaves_the_copy_of_the_base_alone(tmp_path: Path) -> None:
+    """Matrices stored (in, out), of which a base on a disk would have only these copied."""
+    write_gpt2(tmp_path / "family", model_of("gpt2"), noisy)
+    with HubServer() as server:
+        for name in ("base", *EXPERTS):
+            server.add_repo(f"tiny/{name}", tmp_path / "family" / name)
+        fields = yaml.safe_load((tmp_path / "family" / "recipe.yaml").read_text())
+        fields |= {"base": "tiny/base", "experts": {name: f"tiny/{name}" for name in EXPERTS}}
+        (tmp_path / "family" / "remote.yaml").write_text(yaml.safe_dump(fields))
+        environment = hub_environment(server.url, tmp_path / "hf")
+        made = run(tmp_path / "family" / "remote.yaml", environment)
+        script = "import sys, huggingface_hub as h; [h.snapshot_download(name) for name in sys.argv[1:]]"
+        names = [f"tiny/{name}" for name in ("base", *EXPERTS)]
+        subprocess.run([sys.executable, "-c", script, *names], env=environment, check=True)
+        (copy,) = (tmp_path / "deltas").glob("*/base/complete.json")
+        before = copy.read_bytes(), copy.stat().st_mtime_ns
+        fields |= {"output": "../offline"}
+        (tmp_path / "family" / "remote.yaml").write_text(yaml.safe_dump(fields))
+        found = run(tmp_path / "family" / "remote.yaml", {**environment, "HF_HUB_OFFLINE": "1"})
+    assert found["version"] == made["version"]
+    assert (copy.read_bytes(), copy.stat().st_mtime_ns) == before
 
 
 @pytest.fixture(scope="module")

@@ -178,3 +178,15 @@ def test_an_old_base_calls_its_norms_otherwise(tmp_path: Path) -> None:
     written(folder / "bare", BertModel(BertConfig(**SIZES)), base)
     artifact = assert_exact(folder, recipe_of(folder, ["two", "bare"]), ["two", "bare"])
     assert sum(record.policy == "merge" for record in artifact.manifest.tensors.values()) == 12
+
+
+def test_old_and_new_names_side_by_side_are_two_tensors(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    folder = tmp_path / "family"
+    base = LlamaForCausalLM(LlamaConfig(**SIZES))
+    for name in ("base", "a", "b"):
+        written(folder / name, base)
+        path = folder / name / "model.safetensors"
+        extra = {"x.LayerNorm.gamma": torch.randn(4)} | ({"x.LayerNorm.weight": torch.randn(4)} if name == "a" else {})
+        save_file({**load_file(path), **extra}, path)
+    assert_exact(folder, recipe_of(folder, ["a", "b"]), ["a", "b"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from storage.errors import PlanError
+from storage.errors import CheckpointError, PlanError
 from tests.support.running import command, merged, rebuilt
 from tests.support.tiny_experts import VOCABULARY, Family, Tensors, fine_tuned, write_checkpoint, write_family
 
@@ -172,3 +172,24 @@ def test_a_tokenizer_that_cannot_be_read_does_not_stop_a_merge_that_needs_none(f
         tokenizer(family.expert(name), words(VOCABULARY))
     (family.expert("math") / "tokenizer.json").write_text("{")
     assert any("expert math: its tokens were not compared: " in note for note in merged(family.recipe()).manifest.notes)
+
+
+def test_a_head_that_a_config_ties_and_that_is_another_is_not_dropped(family: Family, tmp_path: Path) -> None:
+    """An equal copy is stored once; one that differs would be lost without a word, and is refused."""
+    own = {**family.experts["code"]}
+    write_checkpoint(family.folder / "other", own, {"tie_word_embeddings": True})
+    with pytest.raises(CheckpointError, match=r"expert other: tensor lm_head.weight: its config ties it to model.embed_tokens"):
+        merged(family.recipe(experts={"other": "./other", "math": "./math"}))
+    write_checkpoint(family.folder / "same", {**own, HEAD: own[EMBEDDING].clone()}, {"tie_word_embeddings": True})
+    outcome = merged(family.recipe(experts={"same": "./same", "math": "./math"}))
+    assert HEAD not in rebuilt(outcome, "same", tmp_path)
+
+
+def test_the_type_of_an_export_is_that_of_most_weights(tmp_path: Path) -> None:
+    """A base that keeps its norms in fp32 does not make a bf16 expert an fp32 one."""
+    family = write_family(tmp_path / "family")
+    base = {n: t.float() if t.dim() == 1 else t for n, t in family.base.items()}
+    write_checkpoint(family.folder / "mixed", base)
+    outcome = merged(family.recipe(base="./mixed", experts={"code": "./code", "math": "./math"}))
+    rebuilt(outcome, "code", tmp_path)
+    assert json.loads((tmp_path / f"{outcome.version}-code" / "config.json").read_text())["torch_dtype"] == "bfloat16"
