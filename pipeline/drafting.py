@@ -14,7 +14,7 @@ from pipeline.recipe import AUTO, ROUNDING, Recipe, rule_for
 from pipeline.roles import is_head, is_task_part, is_vocabulary, natural_order, tie_partner
 from storage.checkpoint import Checkpoint
 from storage.errors import CheckpointError, PlanError, SourceError
-from storage.layout import DTYPES
+from storage.layout import DTYPES, ENTRIES
 from storage.tensors import BaseRows, TensorInfo
 
 CONFIG_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -72,7 +72,7 @@ def _fits(tensor: TensorPlan, info: TensorInfo) -> bool:
     """Whether an expert's tensor has the shape it must have: the base's, or that with other numbers of tokens or classes."""
     if info.shape == tensor.shape:
         return True
-    same_width = info.shape[1:] == tensor.shape[1:] and (len(info.shape) > 1 or info.channel_axis < 0)
+    same_width = info.shape[1:] == tensor.shape[1:] and (len(info.shape) > 1 or info.channel_axis == ENTRIES)
     if tensor.policy == "private" and same_width and (is_task_part(tensor.name) or tensor.reason.startswith("rule")):
         return True
     if not is_vocabulary(tensor.name) or not same_width:

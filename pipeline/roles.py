@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-ENTRIES = -1
+from storage.layout import ENTRIES
+
 Kind = Literal[
     "embedding", "head", "position", "linear", "fused", "conv1d", "experts", "expert", "router", "norm", "bias", "convolution",
     "buffer", "other", "unknown",

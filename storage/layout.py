@@ -67,6 +67,10 @@ DTYPES = {
 """The types that are read. 8-bit floats and F64 are not among them: the plan refuses such tensors by name."""
 
 
+ENTRIES = -1
+"""The channel axis of a vector whose entries are channels, as those of a head's bias: rows of one entry."""
+
+
 def is_transposed(shape: tuple[int, ...], channel_axis: int) -> bool:
     """Whether the output channels are the columns of the stored matrices: ``[I, O]`` or ``[E, I, O]``."""
     return len(shape) > 1 and channel_axis == len(shape) - 1
@@ -80,7 +84,7 @@ def as_rows(shape: tuple[int, ...], channel_axis: int = 0) -> tuple[int, int]:
     it has entries.
     """
     if len(shape) < 2:
-        return (shape[0], 1) if shape and channel_axis < 0 else (1, math.prod(shape))
+        return (shape[0], 1) if shape and channel_axis == ENTRIES else (1, math.prod(shape))
     if is_transposed(shape, channel_axis):
         return math.prod(shape[:-2]) * shape[-1], shape[-2]
     return math.prod(shape[: channel_axis + 1]), math.prod(shape[channel_axis + 1 :])

@@ -16,8 +16,6 @@ from storage.errors import ChannelMergingError, CheckpointError
 from storage.files import File
 from storage.layout import DTYPES, as_rows, chunk_rows, is_transposed
 
-ENTRIES = -1
-"""The channel axis of a vector whose entries are channels, as those of a head's bias: rows of one entry."""
 _KEPT = threading.local()
 """In ``keeping_matrix``: the matrix this thread read last."""
 

@@ -35,6 +35,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixtral": MIXED,
     "qwen3_moe": {**GROUPED, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12},
     "gpt_oss": {**MIXED, "layer_types": ["full_attention", "sliding_attention"]},
+    "llama4_text": {
+        **GROUPED,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 20,
+        "interleave_moe_layer_step": 1,
+        "pad_token_id": 0,
+    },
     "bert": {**SIZES, "max_position_embeddings": 32},
 }
 

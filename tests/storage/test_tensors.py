@@ -9,8 +9,8 @@ import pytest
 
 from storage.errors import CheckpointError
 from storage.files import LocalFile
-from storage.layout import as_rows
-from storage.tensors import ENTRIES, FileRows, TensorInfo, keeping_matrix, padded_rows
+from storage.layout import ENTRIES, as_rows
+from storage.tensors import FileRows, TensorInfo, keeping_matrix, padded_rows
 
 
 def stored(path: Path, values: np.ndarray, axis: int) -> TensorInfo:
