@@ -1,6 +1,7 @@
 """Families of checkpoints for timing: a base and its experts in bf16, Mistral-style, of random numbers.
 
 An expert is the base plus noise. Nothing is learnt in them, so they serve for time, memory and arithmetic, not for quality.
+They are written piece by piece: a family of any size takes a few hundred MiB of memory to make.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ import hashlib
 import json
 import math
 import shutil
+import struct
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 BASE_SD, DELTA_SD = 0.02, 0.001
+PIECE_ENTRIES = 1 << 24
+"""Entries of a tensor that are made at once; a multiple of 16, the step of torch's generator of normal numbers."""
 BASE = "base"
 COMPLETE = "complete.json"
 
@@ -71,7 +74,13 @@ class Shape:
         }
 
 
-SHAPES = {"small": Shape(256, 896, 5, 8, 2, 8000), "full": Shape(1024, 3584, 15, 16, 4, 32000)}
+SHAPES = {
+    "tiny": Shape(64, 224, 2, 4, 2, 512),
+    "small": Shape(256, 896, 5, 8, 2, 8000),
+    "full": Shape(1024, 3584, 15, 16, 4, 32000),
+    "1b": Shape(2048, 5632, 22, 32, 4, 32000),
+}
+"""0.2 M, 8 M and 0.27 B parameters, and those of TinyLlama-1.1B."""
 
 
 @dataclass(frozen=True)
@@ -87,19 +96,42 @@ class Family:
         return self.base, *self.experts.values()
 
 
-def _normal(seed: int, of: str, tensor: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Standard normal numbers that depend on seed, checkpoint and tensor alone."""
+def _generator(seed: int, of: str, tensor: str) -> torch.Generator:
+    """Random numbers that depend on seed, checkpoint and tensor alone."""
     raw = hashlib.sha256(f"{seed}/{of}/{tensor}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(raw[:7], "little"))
-    return torch.randn(shape, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(raw[:7], "little"))
 
 
-def _weight(seed: int, of: str, tensor: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """One tensor of the base or of an expert; norms lie around 1, everything else around 0."""
-    values = _normal(seed, BASE, tensor, shape).mul_(BASE_SD).add_(1.0 if len(shape) == 1 else 0.0).to(torch.bfloat16)
-    if of == BASE:
-        return values
-    return _normal(seed, of, tensor, shape).mul_(DELTA_SD).add_(values).to(torch.bfloat16)
+def weights(seed: int, of: str, tensor: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+    """One tensor of the base or of an expert, bfloat16, flat, in pieces of at most ``PIECE_ENTRIES``.
+
+    Norms lie around 1, everything else around 0.
+    """
+    base, own = _generator(seed, BASE, tensor), _generator(seed, of, tensor)
+    entries = math.prod(shape)
+    for start in range(0, entries, PIECE_ENTRIES):
+        size = min(PIECE_ENTRIES, entries - start)
+        values = torch.randn(size, generator=base).mul_(BASE_SD).add_(1.0 if len(shape) == 1 else 0.0).to(torch.bfloat16)
+        if of != BASE:
+            values = torch.randn(size, generator=own).mul_(DELTA_SD).add_(values).to(torch.bfloat16)
+        yield values
+
+
+def write_checkpoint(folder: Path, shape: Shape, seed: int, of: str) -> None:
+    """One checkpoint, a safetensors file and its configuration, in a folder that is there."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor, size in shape.tensors():
+        begin, end = end, end + 2 * math.prod(size)
+        header[tensor] = {"dtype": "BF16", "shape": list(size), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor, size in shape.tensors():
+            for piece in weights(seed, of, tensor, size):
+                file.write(piece.view(torch.int16).numpy().data)
+    (folder / "config.json").write_text(json.dumps(shape.config(), indent=2))
 
 
 def write_family(work: Path, shape: Shape, experts: int, seed: int = 0) -> Family:
@@ -112,8 +144,6 @@ def write_family(work: Path, shape: Shape, experts: int, seed: int = 0) -> Famil
         shutil.rmtree(folder, ignore_errors=True)
         for name in (BASE, *names):
             (folder / name).mkdir(parents=True)
-            weights = {tensor: _weight(seed, name, tensor, size) for tensor, size in shape.tensors()}
-            save_file(weights, folder / name / "model.safetensors", metadata={"format": "pt"})
-            (folder / name / "config.json").write_text(json.dumps(shape.config(), indent=2))
+            write_checkpoint(folder / name, shape, seed, name)
         (folder / COMPLETE).write_text(content)
     return Family(shape, folder / BASE, {name: folder / name for name in names})

@@ -13,18 +13,18 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
 import torch
 from safetensors.torch import save_file
 
-from flows.run import Run, cluster, ingest, merge, run_recipe, similarity, workplace
-from pipeline.engine import Engine, SerialEngine, Silent
-from pipeline.job import resolve
+from flows.run import run_recipe, workplace
+from pipeline.engine import SerialEngine, Silent
+from pipeline.job import Job, resolve
 from pipeline.memory import return_freed_memory
 from pipeline.recipe import load_recipe, parse_bytes
+from pipeline.stages.waves import Waves
 
 
 def resident() -> int:
@@ -97,21 +97,28 @@ def _write_adapter(folder: Path, module: str, rows: int, width: int, generator: 
     save_file(factors, folder / "adapter_model.safetensors")
 
 
-def in_own_process(stage: Callable[[Run, Engine], None], run: Run) -> tuple[int, Run]:
-    """Run a stage in a forked process, warm but with no memory of an earlier stage to reuse; its growth, and its results."""
+STAGES = {"ingest": "ingest", "similarity": "group", "merge": "merge"}
+"""What is measured, and what does it; the stages before are found finished in the stores."""
+
+
+def in_own_process(job: Job, stage: str) -> int:
+    """Run a stage in a forked process, warm but with no memory of an earlier stage to reuse; its growth in bytes."""
     here, there = multiprocessing.get_context("fork").Pipe()
 
     def work() -> None:
+        waves = Waves(job, SerialEngine(Silent()))
+        for before in list(STAGES)[: list(STAGES).index(stage)]:
+            getattr(waves, STAGES[before])()
         with Peak() as peak:
-            stage(run, SerialEngine(Silent()))
-        there.send((peak.grown, run))
+            getattr(waves, STAGES[stage])()
+        there.send(peak.grown)
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     there.close()
-    grown, after = here.recv()
+    grown: int = here.recv()
     process.join()
-    return grown, after
+    return grown
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, int]:
@@ -124,11 +131,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, int]:
     run_recipe(load_recipe(write_family(small, 96, 64, arguments.dtype, 2, arguments.kind)), Silent())
     recipe = write_family(folder, arguments.rows, arguments.width, arguments.dtype, arguments.experts, arguments.kind)
     job = resolve(load_recipe(recipe, {"cluster.memory": arguments.budget, "merge.method": "dare"}))
-    run, grown = Run(job), {}
-    with workplace(job):
-        for stage in (ingest, similarity, cluster, merge):
-            grown[stage.__name__], run = in_own_process(stage, run)
-    return grown
+    with workplace(job, Silent()):
+        return {stage: in_own_process(job, stage) for stage in STAGES}
 
 
 def main() -> None:
@@ -149,7 +153,7 @@ def main() -> None:
         return
     size = f"{arguments.rows} x {arguments.width} {arguments.dtype}, {arguments.experts} experts, {arguments.kind}"
     print(f"{size}; budget of a task {budget / 2**20:.0f} MiB")
-    for stage in ("ingest", "similarity", "merge"):
+    for stage in STAGES:
         print(f"{stage:>10}: peak grew by {grown[stage] / 2**20:6.0f} MiB, {grown[stage] / budget:.2f} of the budget")
 
 

@@ -14,6 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 SAMPLE_SECONDS = 0.02
+PROGRAM, WORKER, OTHER = "program", "worker", "other"
+"""Kinds of processes: the program itself; processes that Python's multiprocessing spawned; all others."""
+SPAWNED = b"multiprocessing.spawn"
+"""In the command line of a process that multiprocessing spawned, as Dask's local cluster does with its workers."""
 PAGE = os.sysconf("SC_PAGE_SIZE")
 TAIL_LINES = 8
 
@@ -36,10 +40,12 @@ class Measured:
     """Peak of the sum of what is not backed by a file: memory that must be there."""
     output: str
     """Standard output."""
+    largest: Mapping[str, int]
+    """Kind of process -> the largest resident set that one of them had at any time, in bytes, as the system kept it (VmHWM)."""
 
     def figures(self) -> dict[str, float]:
         """The numbers alone."""
-        return {key: value for key, value in asdict(self).items() if key != "output"}
+        return {key: value for key, value in asdict(self).items() if key not in ("output", "largest")}
 
 
 def _session_members(session: int) -> list[int]:
@@ -64,35 +70,53 @@ def _memory(processes: Sequence[int]) -> tuple[int, int]:
     return resident, anonymous
 
 
-class _Watch:
-    """Looks at all processes of a session every ``SAMPLE_SECONDS`` and keeps the largest sums."""
+def _high_water(process: int, session: int) -> tuple[str, int]:
+    """A process' kind, and the largest resident set it has had, in bytes. OSError or ValueError when it has ended."""
+    status = Path(f"/proc/{process}/status").read_text()
+    largest = int(status.partition("VmHWM:")[2].split(maxsplit=1)[0]) * 1024
+    if process == session:
+        return PROGRAM, largest
+    return WORKER if SPAWNED in Path(f"/proc/{process}/cmdline").read_bytes() else OTHER, largest
 
-    def __init__(self, session: int) -> None:
+
+class _Watch:
+    """Looks at all processes of a session every so often and keeps the largest sums, and the largest of each kind."""
+
+    def __init__(self, session: int, every: float) -> None:
         self.session = session
+        self.every = every
         self.resident = self.anonymous = 0
+        self.largest: dict[str, int] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look)
         self._thread.start()
 
     def _look(self) -> None:
-        while not self._stop.wait(SAMPLE_SECONDS):
-            resident, anonymous = _memory(_session_members(self.session))
+        while not self._stop.wait(self.every):
+            members = _session_members(self.session)
+            resident, anonymous = _memory(members)
             self.resident, self.anonymous = max(self.resident, resident), max(self.anonymous, anonymous)
+            for process in members:
+                with suppress(OSError, ValueError, IndexError):
+                    kind, size = _high_water(process, self.session)
+                    self.largest[kind] = max(self.largest.get(kind, 0), size)
 
     def end(self) -> None:
         self._stop.set()
         self._thread.join()
 
 
-def measure(command: Sequence[str | Path], environment: Mapping[str, str], cwd: Path) -> Measured:
-    """Run a program to its end. RunError when it fails."""
+def measure(
+    command: Sequence[str | Path], environment: Mapping[str, str], cwd: Path, every: float = SAMPLE_SECONDS
+) -> Measured:
+    """Run a program to its end, with a look at its memory ``every`` so many seconds. RunError when it fails."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         started = time.monotonic()
         # a session of its own: that is how the processes it starts are found
         process = subprocess.Popen(
             command, env=dict(environment), cwd=cwd, stdout=out, stderr=errors, stdin=subprocess.DEVNULL, start_new_session=True
         )
-        watch = _Watch(process.pid)
+        watch = _Watch(process.pid, every)
         try:
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
@@ -109,4 +133,5 @@ def measure(command: Sequence[str | Path], environment: Mapping[str, str], cwd: 
         if process.returncode:
             tail = "\n".join((output + errors.read()).strip().splitlines()[-TAIL_LINES:])
             raise RunError(f"{' '.join(map(str, command))} ended with status {process.returncode}:\n{tail}")
-    return Measured(seconds, usage.ru_utime + usage.ru_stime, watch.resident, watch.anonymous, output)
+    cpu_seconds = usage.ru_utime + usage.ru_stime
+    return Measured(seconds, cpu_seconds, watch.resident, watch.anonymous, output, dict(sorted(watch.largest.items())))

@@ -1,12 +1,15 @@
 """The command line ``channel-merge``. It imports no Prefect, and heavy packages only where a command needs them.
 
-Exit codes: 0 done; 1 the answer is no (verify found a mismatch); 2 the input is wrong; 3 the run failed; 130 interrupted.
+Exit codes: 0 done; 1 the answer is no (verify found a mismatch); 2 the input is wrong; 3 the run failed; 130 interrupted;
+143 terminated.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,16 +29,19 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
+REPEATED_S = 10.0
+"""A second SIGTERM within so many seconds is the same one: some are sent to a process and to its whole group."""
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, a YAML file.")]
 ArtifactPlace = Annotated[
-    str, typer.Argument(metavar="ARTIFACT", help="A version's folder, an output folder (its latest), or OUTPUT@VERSION.")
+    str,
+    typer.Argument(metavar="ARTIFACT", help="A version's folder, an output (its latest), or OUTPUT@VERSION: paths or URLs."),
 ]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: merge.groups=3.")]
 Output = Annotated[str | None, typer.Option(help="Where to publish instead of the recipe's output.")]
 Deltas = Annotated[str | None, typer.Option(help="The delta store instead of the recipe's.")]
-Cluster = Annotated[str | None, typer.Option(help="local, none (in this process) or tcp://scheduler:8786.")]
+Cluster = Annotated[str | None, typer.Option(help="local, none (in this process), cuda or tcp://scheduler:8786.")]
 Unrelated = Annotated[bool, typer.Option("--allow-unrelated", help="Merge experts of another base too.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
@@ -49,6 +55,29 @@ def _failure_as_json(wanted: bool, document: Callable[[ChannelMergingError], Any
         if wanted:
             say_json(document(error))
         raise
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, with which supervisors end a process, as an exception: what runs is closed as after Ctrl-C."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Raise Terminated in the main thread on SIGTERM."""
+    last = -REPEATED_S
+
+    def end(number: int, frame: Any) -> None:
+        nonlocal last
+        now, before = time.monotonic(), last
+        if now - before >= REPEATED_S:
+            last = now
+            raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _recipe(
@@ -104,15 +133,16 @@ def run(
     from flows.progress import open_reporter
     from flows.run import run_recipe
 
-    with _failure_as_json(as_json, lambda error: {"error": str(error), "problems": list(listed(error))}):
+    with _failure_as_json(as_json, lambda error: {"error": str(error), "problems": list(listed(error))}), _terminable():
         resolved = _recipe(recipe, set_, output, deltas, cluster, allow_unrelated)
         try:
             with open_reporter() as reporter:
                 result = run_recipe(resolved, reporter)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as end:
+            what, code = ("terminated", TERMINATED) if isinstance(end, Terminated) else ("interrupted", INTERRUPTED)
             kept = f"finished experts are kept in the delta store {resolved.deltas}, and the next run goes on from there"
-            typer.echo(f"interrupted: {kept}", err=True)
-            raise typer.Exit(INTERRUPTED) from None
+            typer.echo(f"{what}: {kept}", err=True)
+            raise typer.Exit(code) from None
     manifest = result.manifest
     if as_json:
         say_json(
@@ -151,6 +181,8 @@ def inspect(artifact: ArtifactPlace, as_json: AsJson = False) -> None:
         say_json(manifest.model_dump(mode="json"))
         return
     say(f"{manifest.name} version {manifest.version}, created {manifest.created}")
+    if manifest.parent:
+        say(f"pulled from version {manifest.parent}")
     say(_size_line(manifest))
     merge = {key: value for key, value in manifest.recipe["merge"].items() if value not in (None, [])}
     say("merging: " + ", ".join(f"{key} {value}" for key, value in merge.items()))
@@ -189,6 +221,40 @@ def verify(artifact: ArtifactPlace) -> None:
         raise typer.Exit(1)
     size = sum(record.bytes for record in found.manifest.files.values())
     say(f"ok: {counted(len(found.manifest.files), 'file')}, {counted(size, 'byte')}, version {found.manifest.version}")
+
+
+@contextmanager
+def _byte_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes on a terminal; nothing when standard error is piped."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda here, total: bar.update(task, completed=here, total=total)
+
+
+@app.command()
+def pull(
+    artifact: ArtifactPlace,
+    dest: Path,
+    expert: Annotated[str | None, typer.Option(help="Only this expert, as an artifact of its own.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring an artifact, or one expert of it, into a local folder. A pull that was killed goes on where it was."""
+    from storage.pull import pull as bring
+
+    failure = _failure_as_json(as_json, lambda error: {"error": str(error), "problems": list(listed(error))})
+    with failure, _byte_bar("pull") as progress:
+        manifest = bring(artifact, dest, expert, progress)
+    size = sum(record.bytes for record in manifest.files.values())
+    if as_json:
+        found = {"version": manifest.version, "parent": manifest.parent, "experts": [*manifest.experts]}
+        say_json({**found, "path": str(dest.resolve()), "files": len(manifest.files), "bytes": size})
+        return
+    say(f"version {manifest.version} is at {dest}: {counted(len(manifest.files), 'file')}, {counted(size, 'byte')}")
 
 
 @app.command()
@@ -230,8 +296,8 @@ def main() -> None:
     """Entry point: every error is one message; a traceback is shown when ``CHANNEL_MERGING_TRACEBACK`` is set."""
     try:
         app()
-    except KeyboardInterrupt:  # a second one, while the first is still cleaning up
-        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt as end:  # a second one, while the first is still cleaning up
+        sys.exit(TERMINATED if isinstance(end, Terminated) else INTERRUPTED)
     except Exception as error:
         if os.environ.get("CHANNEL_MERGING_TRACEBACK"):
             traceback.print_exc()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,26 +10,37 @@ from typing import Any
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
+from flows.progress import StageCounts
 from flows.run import read_recipe, run_recipe
 
 
 class FlowReporter:
-    """Logs progress to the flow run: a line per stage and per tenth of its blocks."""
+    """Logs progress to the flow run: a line when a stage begins and when it is over, and now and then in between."""
 
-    def __init__(self) -> None:
+    def __init__(self, every_seconds: float = 30.0) -> None:
         self._logger = get_run_logger()
-        self._counts: dict[str, list[int]] = {}
+        self._counts = StageCounts()
+        self._every = every_seconds
+        self._told: dict[str, float] = {}
 
     def start(self, stage: str, total: int) -> None:
-        self._counts[stage] = [0, total]
-        self._logger.info("%s: %d blocks", stage, total)
+        _, new = self._counts.add(stage, total=total)
+        if new:
+            self._told[stage] = time.monotonic()
+            self._logger.info("%s: begins", stage)
+
+    def skip(self, stage: str, count: int) -> None:
+        self._counts.add(stage, skipped=count)
 
     def advance(self, stage: str, label: str) -> None:
-        counts = self._counts[stage]
-        counts[0] += 1
-        done, total = counts
-        if done == total or done % max(1, total // 10) == 0:
-            self._logger.info("%s: %d of %d blocks, last %s", stage, done, total, label)
+        count, _ = self._counts.add(stage, computed=1)
+        now = time.monotonic()
+        if now - self._told.get(stage, now) >= self._every:
+            self._told[stage] = now
+            self._logger.info("%s: %d of %d blocks, last %s", stage, count.computed, count.total, label)
+
+    def done(self, stage: str) -> None:
+        self._logger.info("%s: %s", stage, self._counts.take(stage).summary())
 
     def note(self, text: str) -> None:
         self._logger.info("%s", text)

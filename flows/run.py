@@ -1,50 +1,35 @@
-"""One run, stage by stage. The command line calls the stages in turn; the Prefect flow wraps each as a task."""
+"""One run, from a recipe to a published version. The command line runs its steps as they are, the Prefect flow as tasks."""
 
 from __future__ import annotations
 
-import shutil
+import datetime
+import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from contextvars import copy_context
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
-
-from pipeline.engine import Engine, Reporter, open_engine
+from pipeline.engine import Cancelled, Engine, Reporter, open_engine
 from pipeline.job import Job, resolve
 from pipeline.recipe import Recipe, load_recipe
 from router_training.data import load_queries
-from storage.artifact import WORK, find_by_inputs, make_latest
-from storage.errors import RecipeError, StoreBusyError
+from storage.atomic import canonical_json
+from storage.deltas import JOB, run_record
+from storage.errors import IncompleteStoreError, RecipeError
 from storage.manifest import Manifest
+from storage.publishing import find_by_inputs, make_latest
+from storage.stores import open_store
+
+REPAIRS = 5
+"""Damaged chunks of the delta store that one run makes anew."""
 
 Result = TypeVar("Result")
-
-
-@dataclass
-class Run:
-    """A job under way and what its stages have found so far: ids and small receipts, never tensors."""
-
-    job: Job
-    health: Any = None
-    health_notes: tuple[str, ...] = ()
-    measured: Any = None
-    grouping: Any = None
-    pool: Any = None
-    merged: Sequence[Any] = ()
-    packed: Any = None
-    router: dict[str, Any] | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    moved: dict[str, int] = field(default_factory=dict)
-    manifest: Manifest | None = None
-    new: bool = False
-
-    def count(self, stage: str, read: int, written: int) -> None:
-        """Record the bytes a stage moved."""
-        self.moved |= {f"{stage} read": read, f"{stage} written": written}
 
 
 @dataclass(frozen=True)
@@ -52,104 +37,16 @@ class Outcome:
     """What a run came to."""
 
     version: str
-    path: Path
+    place: str
+    """Where the version lies: a path or a URL."""
     new: bool
     """False when the version, or one of the same inputs, was there already."""
     manifest: Manifest
 
-
-def ingest(run: Run, engine: Engine) -> None:
-    """Bring every expert's deltas into the store."""
-    from pipeline.stages import health as before
-    from pipeline.stages import ingest as stage
-
-    before.probe(run.job)
-    result = stage.ingest(run.job, engine)
-    run.count("ingest", result.bytes_read, result.bytes_written)
-
-
-def health(run: Run, engine: Engine) -> None:
-    """See how far every expert is from its base, and refuse those that are none of it."""
-    from pipeline.stages import health as stage
-
-    run.health, run.health_notes = stage.health(run.job)
-    for note in run.health_notes:
-        engine.reporter.note(note)
-
-
-def similarity(run: Run, engine: Engine) -> None:
-    """Bring the Gram table into the store."""
-    from pipeline.stages import similarity as stage
-
-    result, run.measured = stage.similarity(run.job, engine)
-    run.count("similarity", result.bytes_read, result.bytes_written)
-
-
-def cluster(run: Run, engine: Engine) -> None:
-    """Group the experts of every channel."""
-    from pipeline.stages import cluster as stage
-
-    run.grouping = stage.cluster(run.job, engine)
-    for note in run.grouping.notes:
-        engine.reporter.note(note)
-
-
-def merge(run: Run, engine: Engine) -> None:
-    """Fill the row pool."""
-    from pipeline.stages import merge as stage
-
-    run.pool = stage.lay_out(run.job, run.grouping.rows)
-    run.merged = stage.merge(run.job, engine, run.pool, run.measured)
-    run.count("merge", sum(r.bytes_read for r in run.merged), sum(r.bytes_written for r in run.merged))
-
-
-def pack(run: Run, engine: Engine) -> None:
-    """Digests, row indices and side files."""
-    from pipeline.stages import pack as stage
-
-    run.packed = stage.pack(run.job, engine, run.pool)
-    run.count("pack", run.packed.bytes_read, 0)
-
-
-def router(run: Run, engine: Engine) -> None:
-    """Train the router inside the staged artifact."""
-    section = run.job.recipe.router
-    if section.kind == "none":
-        return
-    from router_training.linear import train_router
-
-    engine.reporter.start("router", 1)
-    sources = {name: Path(place) for name, place in section.queries.items()}
-    run.router = train_router(sources, dict(run.job.queries), run.job.recipe.merge.seed, run.job.staged / "router")
-    engine.reporter.advance("router", "linear")
-
-
-def publish(run: Run, engine: Engine) -> None:
-    """Make the staged folder a version, and the latest."""
-    from pipeline.stages import publish as stage
-
-    run.manifest, run.new = stage.publish(
-        run.job,
-        run.health,
-        run.health_notes,
-        run.grouping,
-        run.measured,
-        run.packed,
-        run.merged,
-        run.router,
-        run.seconds,
-        run.moved,
-    )
-
-
-STAGES: tuple[Callable[[Run, Engine], None], ...] = (ingest, health, similarity, cluster, merge, pack, router, publish)
-
-
-def execute(stage: Callable[[Run, Engine], None], run: Run, engine: Engine) -> None:
-    """Run one stage and record how long it took."""
-    started = time.monotonic()
-    stage(run, engine)
-    run.seconds[stage.__name__] = round(time.monotonic() - started, 3)
+    @property
+    def path(self) -> Path:
+        """The version's folder, of a local output."""
+        return Path(self.place)
 
 
 def read_recipe(
@@ -174,45 +71,36 @@ def read_recipe(
 
 def unchanged(job: Job) -> Outcome | None:
     """The version already made from the same inputs, now the latest again; None when there is work to do."""
-    manifest = find_by_inputs(job.output, job.inputs) if job.output.exists() else None
+    manifest = find_by_inputs(job.output, job.inputs)
     if manifest is None:
         return None
     make_latest(job.output, manifest.version)
-    return Outcome(manifest.version, job.output / manifest.version, False, manifest)
+    return _outcome(job, manifest, is_new=False)
 
 
-def _clear_abandoned(work: Path) -> None:
-    """Remove what killed runs left: folders whose run no longer holds its lock."""
-    for folder in work.iterdir():
-        if folder.is_dir():
-            with suppress(Timeout), FileLock(work / f"{folder.name}.lock", timeout=0):
-                shutil.rmtree(folder, ignore_errors=True)
+def _outcome(job: Job, manifest: Manifest, *, is_new: bool) -> Outcome:
+    return Outcome(manifest.version, job.output.under(manifest.version).place, is_new, manifest)
 
 
 @contextmanager
-def workplace(job: Job) -> Iterator[None]:
-    """The job's folder for unfinished work, empty, and this run's alone; gone afterwards."""
-    (job.output / WORK).mkdir(parents=True, exist_ok=True)
-    _clear_abandoned(job.output / WORK)
-    lock = FileLock(job.output / WORK / f"{job.work.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise StoreBusyError(f"another run of the same inputs is writing {job.work}. Wait for it to end.") from None
-    try:
-        shutil.rmtree(job.work, ignore_errors=True)
-        job.work.mkdir()
+def workplace(job: Job, reporter: Reporter) -> Iterator[None]:
+    """The job's place for unfinished work, this run's alone; kept when the run fails, as the next one goes on from there."""
+    waiting = partial(reporter.note, f"waiting for another run of the same inputs that writes {job.work.place}")
+    with job.output.lock(job.place_of_work, waiting):
+        record = canonical_json(
+            {
+                "name": job.recipe.name,
+                "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "host": platform.node(),
+                "output": job.output.place,
+                "base": job.base.id,
+                "experts": sorted(source.id for source in job.experts.values()),
+            }
+        )
+        job.work.put(JOB, record)
+        job.deltas.put(run_record(job.base.id, job.inputs), record)
         yield
-    finally:
-        shutil.rmtree(job.work, ignore_errors=True)
-        lock.release()
-
-
-def outcome(run: Run) -> Outcome:
-    """What a run came to, once all stages are done."""
-    if run.manifest is None:
-        raise AssertionError("the run has not been published")
-    return Outcome(run.manifest.version, run.job.output / run.manifest.version, run.new, run.manifest)
+        job.work.clear("")
 
 
 def prepare(recipe: Recipe) -> Job:
@@ -231,20 +119,94 @@ def directly(name: str, body: Callable[[], Result]) -> Result:
     return body()
 
 
-def run_recipe(recipe: Recipe, reporter: Reporter, step: Callable[[str, Callable[[], Any]], Any] = directly) -> Outcome:
-    """Resolve a recipe and run every stage; do nothing when the same inputs have been published.
+Step = Callable[[str, Callable[[], Any]], Any]
+"""``step(name, body)`` runs one step and returns what the body returns: a flow makes a task run of each."""
 
-    ``step(name, body)`` runs one step and returns what the body returns: a flow makes a task run of each.
+
+def _at_once(engine: Engine, step: Step, bodies: Mapping[str, Callable[[], None]]) -> None:
+    """Run steps that wait for each other's waves. The first that fails ends all, and its error is raised."""
+    with ThreadPoolExecutor(len(bodies), thread_name_prefix="step") as pool:
+        steps = [pool.submit(copy_context().run, step, name, body) for name, body in bodies.items()]
+        try:
+            wait(steps, return_when=FIRST_EXCEPTION)
+        finally:
+            if not all(one.done() for one in steps):  # one has failed, or the run was interrupted
+                engine.cancel()
+    errors = [error for one in steps if (error := one.exception()) is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error, Cancelled)):
+        raise error
+
+
+def _train(job: Job, reporter: Reporter) -> dict[str, Any] | None:
+    """Train the router into the staged artifact."""
+    section = job.recipe.router
+    if section.kind == "none":
+        return None
+    from router_training.linear import train_router
+
+    reporter.start("router", 1)
+    sources = {name: Path(place) for name, place in section.queries.items()}
+    with TemporaryDirectory() as folder:
+        card = train_router(sources, dict(job.queries), job.recipe.merge.seed, Path(folder) / "router")
+        for path in sorted((Path(folder) / "router").iterdir()):
+            job.staged.put(f"router/{path.name}", path.read_bytes())
+    reporter.advance("router", "linear")
+    reporter.done("router")
+    return card
+
+
+def _make(job: Job, engine: Engine, step: Step) -> Outcome:
+    """Everything from the sources to the published version."""
+    from pipeline.stages import publish
+    from pipeline.stages.waves import Waves
+
+    waves = Waves(job, engine)
+    _at_once(engine, step, {"ingest": waves.ingest, "similarity": waves.group, "merge": waves.merge, "pack": waves.pack})
+    started = time.monotonic()
+    router = step("router", lambda: _train(job, engine.reporter))
+    waves.seconds["router"] = round(time.monotonic() - started, 3)
+    waiting = partial(engine.reporter.note, f"waiting for another run that publishes in {job.output.place}")
+    manifest, is_new = step("publish", lambda: publish.publish(waves, router, waiting))
+    return _outcome(job, manifest, is_new=is_new)
+
+
+def _local_places(job: Job) -> tuple[list[Path], list[Path]]:
+    """Folders of this machine that workers write to, and files that they read."""
+    written = [Path(store.place) for store in (job.deltas, job.output) if store.is_local]
+    sources = (job.base, *job.experts.values())
+    return written, [Path(s.folder.place) / name for s in sources if s.folder.is_local and not s.folder.id for name in s.files]
+
+
+def _discard(damaged: tuple[str, str], reporter: Reporter) -> None:
+    """Remove a chunk that cannot be read, so that it is made anew."""
+    place, key = damaged
+    reporter.note(f"{place}: chunk {key} is lost or damaged; it is made anew")
+    open_store(place).delete([key])
+
+
+def run_recipe(recipe: Recipe, reporter: Reporter, step: Step = directly) -> Outcome:
+    """Resolve a recipe and make its artifact; do nothing when the same inputs have been published.
+
+    Goes on where an earlier run of the same inputs ended. What is damaged in the delta store is made anew.
     """
     reporter.start("resolve", 1)
     job: Job = step("resolve", lambda: prepare(recipe))
     reporter.advance("resolve", f"{len(job.plan.tensors)} tensors")
+    reporter.done("resolve")
     for note in job.plan.notes:
         reporter.note(note)
     if found := unchanged(job):
         return found
-    run = Run(job)
-    with workplace(job), open_engine(recipe.cluster, reporter) as engine:
-        for stage in STAGES:
-            step(stage.__name__, partial(execute, stage, run, engine))
-    return outcome(run)
+    with workplace(job, reporter):
+        if found := unchanged(job):  # by a run that this one has waited for
+            return found
+        for left in reversed(range(REPAIRS + 1)):
+            try:
+                with open_engine(recipe.cluster, reporter) as engine:
+                    engine.check_places(*_local_places(job))
+                    return _make(job, engine, step)
+            except IncompleteStoreError as error:
+                if error.damaged is None or not left:
+                    raise
+                _discard(error.damaged, reporter)
+    raise AssertionError("the last attempt returns or raises")

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-import logging
+import heapq
+import itertools
 import os
-import uuid
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from pipeline.memory import return_freed_memory
 from pipeline.recipe import ClusterSection
 from storage.errors import ClusterError
 
-CONNECT_SECONDS = 30
-
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
+class Cancelled(Exception):  # noqa: N818 - no error: what a stage meets when another one has failed
+    """The engine was told to stop while, or before, this call ran. Who cancels knows the reason and reports that."""
+
+
 class Reporter(Protocol):
-    """Receives progress: a command line draws it, a flow logs it."""
+    """Receives progress: a command line draws it, a flow logs it. Called from several threads at once."""
 
     def start(self, stage: str, total: int) -> None:
-        """A stage begins with this many blocks."""
+        """A stage has this many blocks more to compute."""
+
+    def skip(self, stage: str, count: int) -> None:
+        """This many of a stage's blocks were found finished, by an earlier run."""
 
     def advance(self, stage: str, label: str) -> None:
         """One block is done."""
+
+    def done(self, stage: str) -> None:
+        """The stage is over: nothing more of it will come."""
 
     def note(self, text: str) -> None:
         """Something a user should know."""
@@ -39,7 +50,13 @@ class Silent:
     def start(self, stage: str, total: int) -> None:
         pass
 
+    def skip(self, stage: str, count: int) -> None:
+        pass
+
     def advance(self, stage: str, label: str) -> None:
+        pass
+
+    def done(self, stage: str) -> None:
         pass
 
     def note(self, text: str) -> None:
@@ -47,94 +64,155 @@ class Silent:
 
 
 class Engine(Protocol):
-    """Runs a function over tasks."""
+    """Runs a function over tasks. Every method may be called from several threads at once."""
 
     reporter: Reporter
     threads: int
     """Threads that a task may compute on."""
 
-    def run(self, stage: str, function: Callable[[Task], Result], tasks: Sequence[Task], labels: Sequence[str]) -> list[Result]:
-        """Results in the order of the tasks. The first error ends the stage."""
+    def run(
+        self,
+        stage: str,
+        function: Callable[[Task], Result],
+        tasks: Sequence[Task],
+        labels: Sequence[str],
+        priority: int = 0,
+    ) -> list[Result]:
+        """Results in the order of the tasks. The first error ends this call: its tasks that wait are dropped.
+
+        Blocks of calls with a higher ``priority`` are begun first. Reports the blocks to come and each that is done; that
+        the stage is over is the caller's to say. Raises what a task raised; Cancelled after ``cancel``; ClusterError when
+        the cluster is lost.
+        """
+        ...
+
+    def cancel(self) -> None:
+        """End all calls of ``run``, under way and to come, with Cancelled; blocks at work in this process end first."""
+        ...
+
+    def check_places(self, folders: Sequence[Path], files: Sequence[Path] = ()) -> None:
+        """ClusterError when a worker does not see these folders of this machine, made if missing, or other files than these.
+
+        Folders are written to: a token is put there for a moment. Files are only read.
+        """
         ...
 
 
 class SerialEngine:
-    """One task after the other in this process: the reference the others must match."""
+    """One task after the other in this process, in the order of calls: the reference the others must match."""
 
     def __init__(self, reporter: Reporter) -> None:
         self.reporter = reporter
         self.threads = default_workers()
+        self._one_at_a_time = threading.Lock()
+        self._stopped = False
 
-    def run(self, stage: str, function: Callable[[Task], Result], tasks: Sequence[Task], labels: Sequence[str]) -> list[Result]:
+    def run(
+        self,
+        stage: str,
+        function: Callable[[Task], Result],
+        tasks: Sequence[Task],
+        labels: Sequence[str],
+        priority: int = 0,
+    ) -> list[Result]:
         self.reporter.start(stage, len(tasks))
         results = []
         for task, label in zip(tasks, labels, strict=True):
-            results.append(function(task))
+            with self._one_at_a_time:
+                self._go_on()
+                results.append(function(task))
             self.reporter.advance(stage, label)
+        self._go_on()
         return results
+
+    def _go_on(self) -> None:
+        if self._stopped:
+            raise Cancelled
+
+    def cancel(self) -> None:
+        self._stopped = True
+
+    def check_places(self, folders: Sequence[Path], files: Sequence[Path] = ()) -> None:
+        pass
 
 
 class ThreadEngine:
-    """Tasks on threads of this process: what they do most of the time, reading, decoding, computing, needs no interpreter."""
+    """Tasks on threads of this process: what they do most of the time, reading, decoding, computing, needs no interpreter.
+
+    All calls share the threads. A thread that is free takes the waiting task of the highest priority, of equal ones the
+    oldest.
+    """
 
     def __init__(self, reporter: Reporter, workers: int) -> None:
         self.reporter = reporter
         self.workers = workers
         self.threads = 1
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="block")
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[int, int, Future[Any], Callable[[], Any]]] = []
+        self._count = itertools.count()
+        self._stopped = False
 
-    def run(self, stage: str, function: Callable[[Task], Result], tasks: Sequence[Task], labels: Sequence[str]) -> list[Result]:
+    def run(
+        self,
+        stage: str,
+        function: Callable[[Task], Result],
+        tasks: Sequence[Task],
+        labels: Sequence[str],
+        priority: int = 0,
+    ) -> list[Result]:
         self.reporter.start(stage, len(tasks))
-        with ThreadPoolExecutor(self.workers, thread_name_prefix=stage) as pool:
-            futures = {pool.submit(function, task): i for i, task in enumerate(tasks)}
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    self.reporter.advance(stage, labels[futures[future]])
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        calls = [partial(function, task) for task in tasks]
+        futures: dict[Future[Result], str] = dict(zip(self._put(calls, priority), labels, strict=True))
+        try:
+            for future in as_completed(futures):
+                future.result()
+                self.reporter.advance(stage, futures[future])
+        except BaseException as error:
+            wait([future for future in futures if not future.cancel()])  # what a caller tears down must not be written to
+            if isinstance(error, CancelledError):
+                raise Cancelled from None
+            raise
         return [future.result() for future in futures]
 
+    def _put(self, calls: Sequence[Callable[[], Result]], priority: int) -> list[Future[Result]]:
+        """Queue calls; as many turns of the pool's threads are queued, and each takes the best call of its time."""
+        futures: list[Future[Result]] = [Future() for _ in calls]
+        with self._lock:
+            if self._stopped:
+                raise Cancelled
+            for future, call in zip(futures, calls, strict=True):
+                heapq.heappush(self._waiting, (-priority, next(self._count), future, call))
+                self._pool.submit(self._take)
+        return futures
 
-def _in_worker(function: Callable[[Task], Result], task: Task) -> Result:
-    """Run a task on a worker, whose allocator Dask has set to keep nothing: most of a run would go into mapping pages."""
-    return_freed_memory()
-    return function(task)
-
-
-class DaskEngine:
-    """Tasks on the workers of a Dask cluster."""
-
-    def __init__(self, client: Any, reporter: Reporter) -> None:
-        self.client = client
-        self.reporter = reporter
-        self.threads = 1  # workers are as many as cores
-
-    def run(self, stage: str, function: Callable[[Task], Result], tasks: Sequence[Task], labels: Sequence[str]) -> list[Result]:
-        from distributed import KilledWorker
-        from distributed import as_completed as completed
-
-        self.reporter.start(stage, len(tasks))
-        run = uuid.uuid4().hex[:8]  # keys are unique per run: completion is decided by the stores, not by Dask's cache
-        futures = {
-            self.client.submit(_in_worker, function, task, key=f"{stage} {label}-{run}-{i}", pure=False): i
-            for i, (task, label) in enumerate(zip(tasks, labels, strict=True))
-        }
-        results: list[Any] = [None] * len(tasks)
+    def _take(self) -> None:
+        with self._lock:
+            if not self._waiting:
+                return
+            _, _, future, call = heapq.heappop(self._waiting)
+        if not future.set_running_or_notify_cancel():
+            return
         try:
-            for future in completed(list(futures)):
-                position = futures[future]
-                try:
-                    results[position] = future.result()
-                except KilledWorker as error:
-                    raise ClusterError(
-                        f"{stage}: {labels[position]}: every worker that tried this block died, {error.allowed_failures + 1} "
-                        "of them; often memory ran out: lower cluster.memory or cluster.workers, and run again"
-                    ) from error
-                self.reporter.advance(stage, labels[position])
-        finally:
-            self.client.cancel(list(futures))
-        return results
+            future.set_result(call())
+        except BaseException as error:  # raised where the result is waited for
+            future.set_exception(error)
+
+    def cancel(self) -> None:
+        with self._lock:
+            self._stopped = True
+            dropped, self._waiting = self._waiting, []
+        for _, _, future, _ in dropped:
+            future.cancel()
+            future.set_running_or_notify_cancel()
+
+    def check_places(self, folders: Sequence[Path], files: Sequence[Path] = ()) -> None:
+        pass
+
+    def close(self) -> None:
+        """Drop what waits, and wait for what is at work."""
+        self.cancel()
+        self._pool.shutdown()
 
 
 def default_workers() -> int:
@@ -142,35 +220,32 @@ def default_workers() -> int:
     return min(8, len(os.sched_getaffinity(0)))
 
 
+def check_gpu() -> None:
+    """ClusterError when torch finds no GPU for this process."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ClusterError("cluster.kernel is cuda, but torch finds no GPU here. Use a machine with one, or kernel: fused.")
+
+
 @contextmanager
 def open_engine(cluster: ClusterSection, reporter: Reporter) -> Iterator[Engine]:
-    """The engine a recipe asks for; a local cluster lives as long as the context."""
-    if cluster.where == "none":
-        return_freed_memory()
-        yield ThreadEngine(reporter, cluster.workers or default_workers())
-        return
-    from distributed import Client, LocalCluster
+    """The engine a recipe asks for; a local cluster lives as long as the context.
 
-    if cluster.where != "local":
-        try:
-            remote = Client(cluster.where, timeout=CONNECT_SECONDS)
-        except (OSError, ValueError) as error:
-            raise ClusterError(
-                f"no Dask scheduler answers at {cluster.where} ({error}). Start one there, or use --cluster local."
-            ) from None
-        with remote as client:
-            yield DaskEngine(client, reporter)
+    Leaving it cancels what runs. ClusterError, before anything is computed, when the cluster cannot be reached or its
+    workers cannot do what the recipe asks for.
+    """
+    if cluster.where != "none":
+        from pipeline.dask_cluster import open_cluster
+
+        with open_cluster(cluster, reporter) as engine:
+            yield engine
         return
-    workers = cluster.workers or default_workers()
-    # one thread per process: the arithmetic is memory-bound, and torch's threads would oversubscribe the cores
-    with (
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            dashboard_address="127.0.0.1:0",
-            memory_limit=0,
-            silence_logs=logging.CRITICAL,  # errors of tasks come back with their results; the rest is noise of closing
-        ) as local,
-        Client(local) as client,
-    ):
-        yield DaskEngine(client, reporter)
+    if cluster.kernel == "cuda":
+        check_gpu()
+    return_freed_memory()
+    threads = ThreadEngine(reporter, cluster.workers or default_workers())
+    try:
+        yield threads
+    finally:
+        threads.close()

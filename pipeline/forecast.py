@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipeline import memory
 from pipeline.drafting import is_tied
 from pipeline.job import stored_base, stored_copies
 from pipeline.kernels.methods.byom import kept_per_row
 from pipeline.opening import Opened
-from pipeline.plan import MergePlan, TensorPlan, plan_blocks
+from pipeline.plan import MergePlan, plan_blocks, pool_rows
 from pipeline.recipe import AUTO, Recipe
 from pipeline.roles import is_vocabulary
 from storage.checkpoint import ADAPTER, Checkpoint
 from storage.deltas import BINS, DIGEST_BYTES, base_group, expert_group, is_whole
 from storage.layout import DTYPES
+from storage.stores import open_store
 from storage.tensors import BaseRows, FileRows, LowRank, TensorInfo, is_low_rank
 
 INDEX_BYTES = 4
@@ -132,16 +132,6 @@ def _source(checkpoint: Checkpoint, fetch: int) -> SourceForecast:
     )
 
 
-def pool_rows(tensor: TensorPlan, experts: int) -> tuple[int, int]:
-    """Rows of a tensor's pool, at most: of channels that the base has, and beyond."""
-    if tensor.policy == "base":
-        return tensor.base_rows, 0
-    extra = sum(max(info.rows - tensor.base_rows, 0) for info in tensor.experts.values())
-    if tensor.policy == "merge" and tensor.groups != AUTO:
-        return min(tensor.groups, experts) * tensor.base_rows, extra
-    return sum(info.rows for info in tensor.experts.values()) - extra, extra
-
-
 def _store_bytes(info: TensorInfo) -> int:
     """Bytes of one source's tensor in the delta store, before compression."""
     size = 4 if is_low_rank(info) else DTYPES[info.dtype].size
@@ -196,7 +186,7 @@ def _blocks(plan: MergePlan, base: Iterable[TensorInfo]) -> int:
 
 def forecast(recipe: Recipe, opened: Opened, plan: MergePlan) -> Forecast:
     """What carrying out the plan will move and hold."""
-    deltas, count = Path(recipe.deltas), len(plan.experts)
+    deltas, count = open_store(recipe.deltas), len(plan.experts)
     base, base_id = opened.base, opened.base.folder.id
     copied = stored_base(base)
     whole = base_id is not None and is_whole(base_group(deltas, base_id), copied)

@@ -14,17 +14,21 @@ from pipeline.opening import Opened
 from pipeline.plan import MergePlan, TensorPlan
 from pipeline.recipe import Recipe
 from pipeline.vocabulary import compare_vocabularies
-from storage.artifact import WORK, check_output
+from storage.artifact import WORK
 from storage.checkpoint import Checkpoint
 from storage.deltas import StoredRows, base_group
 from storage.digests import DigestCache, digest_of, short_id, stamp
 from storage.errors import ChannelMergingError, CheckpointError, OutputExistsError, PlanError, QueryDataError
 from storage.files import Folder, is_same
 from storage.layout import ARTIFACT_FORMAT, DTYPES, is_transposed
+from storage.places import scheme_of
+from storage.publishing import check_output
+from storage.stores import Store, open_store
 from storage.tensors import TensorInfo
 
 COMPUTING_PACKAGES = ("numpy", "numba", "torch", "scikit-learn", "dask-ml", "mmh3")
 """Packages whose arithmetic the result depends on; their major versions are part of a job's inputs."""
+STAGED = "staged"
 RECORDED_PACKAGES = (*COMPUTING_PACKAGES, "zarr", "safetensors", "dask", "distributed")
 
 
@@ -80,22 +84,27 @@ class Job:
                 raise QueryDataError(f"router.queries.{name}: the file changed while the run read it. Run again.")
 
     @property
-    def deltas(self) -> Path:
-        return Path(self.recipe.deltas)
+    def deltas(self) -> Store:
+        return open_store(self.recipe.deltas)
 
     @property
-    def output(self) -> Path:
-        return Path(self.recipe.output)
+    def output(self) -> Store:
+        return open_store(self.recipe.output)
 
     @property
-    def work(self) -> Path:
-        """Where this job's unfinished work lies; never readable as an artifact."""
-        return self.output / WORK / self.inputs[:40]
+    def place_of_work(self) -> str:
+        """Where below the output this job's unfinished work lies; never readable as an artifact."""
+        return f"{WORK}/{self.inputs[:40]}"
 
     @property
-    def staged(self) -> Path:
-        """The folder that becomes the version."""
-        return self.work / "staged"
+    def work(self) -> Store:
+        """This job's unfinished work."""
+        return self.output.under(self.place_of_work)
+
+    @property
+    def staged(self) -> Store:
+        """What becomes the version."""
+        return self.work.under(STAGED)
 
 
 def package_versions() -> dict[str, str]:
@@ -118,9 +127,9 @@ def _inputs(recipe: Recipe, base: Source, experts: Mapping[str, Source], queries
 
 def check_places(recipe: Recipe) -> None:
     """OutputExistsError when delta store or output would be written into something that is not ours."""
-    check_output(Path(recipe.output))
+    check_output(recipe.output)
     deltas = Path(recipe.deltas)
-    if deltas.exists() and not deltas.is_dir():
+    if not scheme_of(recipe.deltas) and deltas.exists() and not deltas.is_dir():
         raise OutputExistsError(f"deltas {deltas} is a file, not a folder. Choose another place for the delta store.")
 
 
@@ -162,7 +171,7 @@ def _with_stored_base(recipe: Recipe, plan: MergePlan, opened: Opened, base: Sou
     Every expert, the similarity pass and the merge read them: they are fetched, or transposed, once.
     """
     names = {info.data: name for name, info in opened.base.tensors.items()}
-    group = base_group(Path(recipe.deltas), base.id).path
+    group = base_group(open_store(recipe.deltas), base.id)
     stored = stored_base(opened.base)
     tensors: dict[str, TensorPlan] = {}
     for name, tensor in plan.tensors.items():

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 from pipeline import memory
 from pipeline.recipe import AUTO
 from pipeline.roles import layer_of
-from storage.layout import chunk_rows
+from storage.layout import DTYPES, SHARD_BYTES, chunk_rows
 from storage.tensors import TensorInfo
 
 
@@ -91,6 +91,16 @@ class TensorPlan:
         return chunk_rows(self.rows, self.width)
 
 
+def pool_rows(tensor: TensorPlan, experts: int) -> tuple[int, int]:
+    """Rows of a tensor's pool, at most: of channels that the base has, and beyond."""
+    if tensor.policy == "base":
+        return tensor.base_rows, 0
+    extra = sum(max(info.rows - tensor.base_rows, 0) for info in tensor.experts.values())
+    if tensor.policy == "merge" and tensor.groups != AUTO:
+        return min(tensor.groups, experts) * tensor.base_rows, extra
+    return sum(info.rows for info in tensor.experts.values()) - extra, extra
+
+
 class Tall(Protocol):
     """What can be cut into blocks: a tensor plan, or one expert's tensor."""
 
@@ -105,6 +115,11 @@ class Tall(Protocol):
     @property
     def matrix_rows(self) -> int: ...
 
+
+WAVES = 8
+"""Waves of a model whose pool is neither small nor large."""
+LEAST_WAVE_BYTES = 256 << 20
+"""Pool bytes below which a wave is not worth its own file."""
 
 MATRICES = 8
 """Matrices stored (in, out) in one piece, at least: where a piece ends inside of one, both its neighbours read it whole."""
@@ -158,9 +173,33 @@ class MergePlan:
         """Merged tensors where deltas meet: all but those with a group for each expert."""
         return [tensor for tensor in self.merged if tensor.is_combined]
 
+    @property
+    def waves(self) -> list[list[TensorPlan]]:
+        """The plan's tensors in runs that go through all stages together, see ``plan_waves``."""
+        return plan_waves(self.tensors.values(), len(self.experts))
+
     def blocks(self, tensors: Iterable[Tall]) -> list[Block]:
         """Blocks over these tensors, sized so that a worker has several and the memory budget holds."""
         return plan_blocks(tensors, memory.block_elements(self.memory, len(self.experts)))
+
+
+def plan_waves(tensors: Iterable[TensorPlan], experts: int) -> list[list[TensorPlan]]:
+    """Cut the plan into runs of tensors, in order, that go through all stages together and make one file of the pool each.
+
+    A wave is merged while later ones still come in. Pool bytes are bounds from above, known before anything is clustered;
+    a tensor beyond the limit is a wave of its own.
+    """
+    sized = [(tensor, sum(pool_rows(tensor, experts)) * tensor.width * DTYPES[tensor.dtype].size) for tensor in tensors]
+    limit = min(SHARD_BYTES, max(LEAST_WAVE_BYTES, sum(size for _, size in sized) // WAVES))
+    waves: list[list[TensorPlan]] = [[]]
+    used = 0
+    for tensor, size in sized:
+        if waves[-1] and used + size > limit:
+            waves.append([])
+            used = 0
+        waves[-1].append(tensor)
+        used += size
+    return waves
 
 
 def plan_blocks(tensors: Iterable[Tall], max_elements: int) -> list[Block]:

@@ -29,7 +29,7 @@ from pipeline.sections import (
     spelled_out,
 )
 from storage.errors import RecipeError
-from storage.places import kind_of, local_path
+from storage.places import kind_of, local_path, target_at
 
 __all__ = [
     "AUTO", "ROUNDING", "ClusterSection", "ExpertSpec", "MergeSection", "Recipe", "RouterSection", "Rule", "load_recipe",
@@ -162,7 +162,7 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
         _apply(fields, key, value)
     folder = path.resolve().parent
     recipe = _validated(headline, fields, folder)
-    places = {key: str(local_path(getattr(recipe, key), folder)) for key in ("deltas", "output")}
+    places = {key: target_at(getattr(recipe, key), folder) for key in ("deltas", "output")}
     experts = {
         name: spec.model_copy(update={"source": _source_at(folder, spec.source, spec.revision), "revision": None})
         for name, spec in recipe.experts.items()

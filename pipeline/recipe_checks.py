@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.sections import AUTO, ROUNDING, ExpertSpec, MergeSection, Recipe
-from storage.places import kind_of, local_path, local_problem, scheme_of, shown_scheme, source_problem, split_revision
+from storage.places import (
+    OBJECT_STORES,
+    kind_of,
+    local_path,
+    local_problem,
+    object_problem,
+    scheme_of,
+    shown_scheme,
+    source_problem,
+    split_revision,
+    target_at,
+)
 
 
 def _source_problems(where: str, place: str, revision: str | None, folder: Path) -> list[str]:
@@ -47,19 +58,28 @@ def _target_problems(recipe: Recipe, folder: Path) -> list[str]:
         for where, place in places.items()
         if kind_of(place, folder) == "local" and source_problem(place, folder) is None
     }
+    remote = {where: target_at(place, folder) for where, place in places.items() if kind_of(place, folder) == "objects"}
     problems = []
-    targets: dict[str, Path] = {}
+    targets: dict[str, str] = {}
     for key, place, what in [
         ("deltas", recipe.deltas, "the delta store"),
         ("output", recipe.output, "the output"),
     ]:
-        if wrong := _local_problems(key, place, folder, "only local folders can be written to", "give a folder"):
-            problems += wrong
-            continue
-        path = targets[key] = local_path(place, folder)
-        holders = [f"the folder of {where}, {held}" for where, held in sources.items() if path.is_relative_to(held)]
-        if not holders and _holds_checkpoint(path):
-            holders = [f"{path}, which holds a checkpoint"]
+        if scheme_of(place) in OBJECT_STORES:
+            if wrong := object_problem(place):
+                problems.append(f"{key}: {wrong}")
+                continue
+            targets[key] = target_at(place, folder)
+            holders = [f"the prefix of {where}" for where, held in remote.items() if f"{targets[key]}/".startswith(f"{held}/")]
+        else:
+            if found := _local_problems(key, place, folder, "it can be a folder or a URL of s3, gs or az", "correct it"):
+                problems += found
+                continue
+            path = local_path(place, folder)
+            targets[key] = str(path)
+            holders = [f"the folder of {where}, {held}" for where, held in sources.items() if path.is_relative_to(held)]
+            if not holders and _holds_checkpoint(path):
+                holders = [f"{path}, which holds a checkpoint"]
         problems += [f"{key}: {what} would be written into {holder}; choose another folder" for holder in holders[:1]]
     if len(targets) == 2 and targets["deltas"] == targets["output"]:
         problems.append(f"deltas: the delta store would be written into the output, {targets['output']}; choose another folder")

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.kernels.forms import COMBINED, COPY_BASE, COPY_EXPERT
+from storage.parts import arrays_from_bytes, arrays_to_bytes
+from storage.stores import Store
 
 
 class Kind(IntEnum):
@@ -56,14 +57,20 @@ class RowTable:
         stops = np.r_[starts[1:], len(self.users)]
         return [(int(self.users[a]), int(a), int(b)) for a, b in zip(starts, stops, strict=True)]
 
-    def save(self, path: Path) -> None:
-        with path.open("wb") as file:
-            np.savez(file, users=self.users, channel=self.channel, kind=self.kind)
+    def save(self, folder: Store, tensor: str) -> None:
+        """Write the table of a tensor."""
+        folder.put(table_key(tensor), arrays_to_bytes({"users": self.users, "channel": self.channel, "kind": self.kind}))
 
     @classmethod
-    def load(cls, path: Path) -> RowTable:
-        with np.load(path, allow_pickle=False) as stored:
-            return cls(stored["users"], stored["channel"], stored["kind"])
+    def load(cls, folder: Store, tensor: str) -> RowTable:
+        """Read the table of a tensor."""
+        stored = arrays_from_bytes(folder.get(table_key(tensor)))
+        return cls(stored["users"], stored["channel"], stored["kind"])
+
+
+def table_key(tensor: str) -> str:
+    """The file of a tensor's row table."""
+    return f"{tensor}.npz"
 
 
 def first_equal(digests: Sequence[NDArray[Any] | None], rows: int) -> NDArray[np.int16]:

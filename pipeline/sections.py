@@ -6,7 +6,7 @@ import re
 import sys
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from storage.places import SOURCES
 
@@ -148,18 +148,26 @@ class RouterSection(_Section):
 class ClusterSection(_Section):
     """Where blocks are computed. ``memory`` is the budget of one task."""
 
-    kind: Literal["local", "none"] | None = None
+    kind: Literal["local", "none", "cuda"] | None = None
+    """Processes of this machine, threads of this process, or one process per GPU of this machine."""
     address: str | None = None
     """A running scheduler, tcp://host:port; its workers see the same folders."""
     workers: int | None = Field(default=None, ge=1)
-    """Worker processes of a local cluster, threads of kind none; by default one per CPU core, at most eight."""
+    """Worker processes of a local cluster, threads of kind none; by default one per CPU core, at most eight, or one per GPU."""
     memory: Annotated[int, BeforeValidator(parse_bytes)] = Field(default=2 * 1024**3, ge=1)
     kernel: Literal["fused", "torch-cpu", "cuda"] = "fused"
-    """What computes: compiled CPU code, torch on the CPU, or torch on each worker's GPU."""
+    """What computes: compiled CPU code, torch on the CPU, or torch on each worker's GPU. With kind cuda that is the default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kernel_of_kind(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("kind") == "cuda":
+            return {"kernel": "cuda", **fields}
+        return fields
 
     @property
     def where(self) -> str:
-        """'local', 'none' or a scheduler's address."""
+        """'local', 'none', 'cuda' or a scheduler's address."""
         return self.address or self.kind or "local"
 
 

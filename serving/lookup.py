@@ -44,7 +44,7 @@ def expert_tensor(artifact: Artifact, tensor: str, rows: NDArray[np.int32], resi
 
 
 def export(artifact: Artifact, expert: str, target: Path) -> list[Path]:
-    """Write an expert as a plain Hugging Face checkpoint and return its files.
+    """Write an expert of an artifact, be it here or in an object store, as a plain Hugging Face checkpoint; return its files.
 
     The target appears whole or not at all. OutputExistsError when it exists and is not empty. An empty folder that
     exists is filled, config.json last: it may be somebody's working directory or a mount point.
@@ -59,9 +59,7 @@ def export(artifact: Artifact, expert: str, target: Path) -> list[Path]:
     try:
         partial.mkdir()
         _write_weights(artifact, expert, partial)
-        for side in (artifact.path / "experts" / expert).iterdir():
-            if side.name not in (ROWS_FILE, RESIDUE_FILE):
-                shutil.copyfile(side, partial / side.name)
+        _write_side_files(artifact, expert, partial)
         if inside:
             for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
                 path.rename(target / path.name)
@@ -73,6 +71,17 @@ def export(artifact: Artifact, expert: str, target: Path) -> list[Path]:
         raise
     sync(target if inside else target.parent)
     return sorted(target.iterdir())
+
+
+def _write_side_files(artifact: Artifact, expert: str, folder: Path) -> None:
+    """The expert's configuration and tokenizer."""
+    beside = f"experts/{expert}/"
+    for name in artifact.manifest.files:
+        own = name.removeprefix(beside)
+        if name.startswith(beside) and own not in (ROWS_FILE, RESIDUE_FILE):
+            (folder / own).parent.mkdir(parents=True, exist_ok=True)
+            with artifact.damage_explained(name), (folder / own).open("wb") as file:
+                file.writelines(artifact.pieces(name))
 
 
 def _write_weights(artifact: Artifact, expert: str, folder: Path) -> None:

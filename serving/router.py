@@ -18,10 +18,12 @@ import mmh3
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from storage.artifact import Artifact
 from storage.errors import ArtifactError
+from storage.local_store import LocalStore
+from storage.stores import Store
 
 ROUTER_FORMAT = 1
 CONFIG = "router.json"
@@ -79,26 +81,31 @@ class LinearRouter:
 
 
 def load_router(folder: Path) -> LinearRouter:
-    """The router of a folder with ``router.json`` and ``router.safetensors``."""
+    """The router of a local folder with ``router.json`` and ``router.safetensors``."""
+    return _router_of(LocalStore(folder))
+
+
+def _router_of(folder: Store) -> LinearRouter:
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
+        config = json.loads(folder.get(CONFIG))
         found = config.get("kind"), config.get("format")
         if found != ("linear", ROUTER_FORMAT):
             raise ArtifactError(
-                f"{folder / CONFIG}: expected a linear router of format {ROUTER_FORMAT}, got kind {found[0]!r} of format "
+                f"{folder.place}/{CONFIG}: expected a linear router of format {ROUTER_FORMAT}, got kind {found[0]!r} of format "
                 f"{found[1]!r}. Use a matching release."
             )
-        tensors = load_file(folder / WEIGHTS)
+        tensors = load(folder.get(WEIGHTS))
         return LinearRouter(config["experts"], FeatureSpec(**config["features"]), tensors["weights"], tensors["bias"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, ArtifactError):
             raise
-        raise ArtifactError(f"{folder}: its router is damaged ({error!r}). Pull or build the artifact again.") from None
+        raise ArtifactError(f"{folder.place}: its router is damaged ({error!r}). Pull or build the artifact again.") from None
 
 
 def artifact_router(artifact: Artifact) -> LinearRouter:
-    """The router of an artifact; ArtifactError when it was built without one."""
-    folder = artifact.path / "router"
-    if not (folder / CONFIG).is_file():
-        raise ArtifactError(f"{artifact.path} has no router. Build it with router.kind: linear in the recipe.")
-    return load_router(folder)
+    """The router of an artifact; ArtifactError when it has none."""
+    if f"router/{CONFIG}" not in artifact.manifest.files:
+        if artifact.manifest.parent:
+            raise ArtifactError(f"{artifact.place} has no router: it holds one expert alone. Pull the whole artifact.")
+        raise ArtifactError(f"{artifact.place} has no router. Build it with router.kind: linear in the recipe.")
+    return _router_of(artifact.store.under("router"))

@@ -1,7 +1,8 @@
 """Groups of Zarr arrays that are complete or not: the mechanism under delta groups and tables.
 
 zarr-python reads a deleted chunk as zeros and skips all-zero chunks when writing. Both are unacceptable for weights, so
-every chunk is written, ``complete.json`` lists each with its size and sha256, and a chunk that is gone is an error.
+every chunk is written, ``complete.json`` lists each with its size and Crc32c, and a chunk that is gone is an error. Who
+writes or reads knows an array's shape from the plan, so that nothing else has to be asked for.
 
 Chunks go through the codecs directly, not through zarr-python, whose event loop costs more than a millisecond per call: a
 checkpoint has thousands of small arrays. The files are those that zarr-python writes, to the byte (a test compares).
@@ -9,29 +10,27 @@ checkpoint has thousands of small arrays. The files are those that zarr-python w
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import google_crc32c
 import numpy as np
-import zarr
 from numcodecs.blosc import BITSHUFFLE, Blosc
 from numpy.typing import NDArray
 
-from storage.atomic import canonical_json, write_atomically
+from storage.atomic import canonical_json
 from storage.errors import IncompleteStoreError
+from storage.stores import Store
 
 COMPLETE, METADATA = "complete.json", "zarr.json"
-REMEDY = "Delete the folder {path} and run again; it is computed anew."
+AT_ONCE = 8
+"""Requests of one task to an object store at once."""
 CHECKSUM_BYTES = 4
+RESIDUE = 0x48674BC7
+"""The Crc32c of any bytes with their own Crc32c, little-endian, after them."""
 
 
 @dataclass(frozen=True)
@@ -73,150 +72,138 @@ class ArraySpec:
 
 
 ChunkDigests = dict[str, list[Any]]
-"""Chunk key inside the group -> [bytes, sha256]."""
+"""Chunk key inside the group -> [bytes, Crc32c of the coded rows in hex]. A sha256 would take a tenth of a first run."""
 
 
+Written = Mapping[str, tuple[ArraySpec, int, NDArray[Any]]]
+"""Array -> what it is, the first row, and rows from there on."""
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+def each(function: Callable[[Item], Found], items: Sequence[Item], *, at_once: bool) -> list[Found]:
+    """The function's results in order: of requests to an object store, made at once; of local files, one after the other."""
+    if not at_once or len(items) < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(function, items))
+
+
+@dataclass(frozen=True)
 class ArrayGroup:
-    """A Zarr v3 group in a local folder."""
+    """A Zarr v3 group in a store."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    store: Store
 
-    def create(self, arrays: Mapping[str, ArraySpec], attributes: Mapping[str, Any]) -> None:
-        """Start the group anew: what an unfinished run left is not trusted."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        zarr.create_group(self.path, zarr_format=3, attributes=dict(attributes))
-        self.add(arrays)
+    @property
+    def place(self) -> str:
+        return self.store.place
 
-    def add(self, arrays: Mapping[str, ArraySpec]) -> None:
-        """Add arrays, or replace damaged ones, while others of the group may be read."""
-        group = zarr.open_group(self.path, mode="r+")
-        for parent in sorted({name.rpartition("/")[0] for name in arrays} - {""}):
-            group.require_group(parent)
-        for name, spec in arrays.items():
-            shutil.rmtree(self.path / name, ignore_errors=True)
-            (self.path / name).mkdir()  # chunks lie in it without folders of their own: making those takes longer than writing
-            (self.path / name / METADATA).write_text(json.dumps(spec.metadata(), indent=2))
+    def write(self, arrays: Written) -> ChunkDigests:
+        """Write rows of arrays, whole chunks only, and return the chunks' digests. With its first rows an array is declared.
 
-    def write(self, name: str, start: int, values: NDArray[Any]) -> ChunkDigests:
-        """Write rows from ``start`` on, whole chunks only, and return their digests."""
-        spec = _spec(self.path / name)
-        stop, step = start + len(values), spec.chunk_rows
-        if start % step or (stop % step and stop != spec.shape[0]):
-            raise ValueError(f"rows {start} to {stop} of {name} are not whole chunks of {step} rows")
+        Chunks need not outlive a power cut: every read checks them.
+        """
+        files: list[tuple[str, tuple[bytes, ...]]] = []
         digests: ChunkDigests = {}
-        for chunk in range(start // step, -(-stop // step)):
-            rows = values[chunk * step - start : (chunk + 1) * step - start]
-            if len(rows) < step:  # a chunk at the edge is stored whole
-                rows = np.concatenate([rows, np.zeros((step - len(rows), *spec.shape[1:]), rows.dtype)])
-            data = spec.codec.encode(np.ascontiguousarray(rows, np.dtype(spec.dtype).newbyteorder("<")))
-            checksum = google_crc32c.value(data).to_bytes(CHECKSUM_BYTES, "little")
-            key = _chunk_key(name, chunk, len(spec.shape))
-            _write_file(self.path / key, data, checksum)
-            digest = hashlib.sha256(data)
-            digest.update(checksum)
-            digests[key] = [len(data) + CHECKSUM_BYTES, digest.hexdigest()]
+        for name, (spec, start, values) in arrays.items():
+            if not start:
+                files.append((f"{name}/{METADATA}", (_json(spec.metadata()),)))
+            for key, data, checksum in _encoded(name, spec, start, values):
+                files.append((key, (data, checksum)))
+                digests[key] = [len(data) + CHECKSUM_BYTES, checksum[::-1].hex()]
+        each(lambda file: self.store.put(file[0], *file[1], durable=False), files, at_once=not self.store.is_local)
         return digests
 
-    def finish(self, chunks: ChunkDigests, extra: Mapping[str, Any]) -> None:
-        """Declare the group complete."""
-        write_atomically(self.path / COMPLETE, canonical_json({"chunks": chunks, **extra}))
+    def finish(
+        self, chunks: ChunkDigests, arrays: Iterable[str], attributes: Mapping[str, Any], extra: Mapping[str, Any]
+    ) -> None:
+        """Declare the group of these arrays complete."""
+        folders = {"", *(name[:place] for name in arrays for place, letter in enumerate(name) if letter == "/")}
+        for folder in sorted(folders):
+            metadata = {"attributes": {} if folder else dict(attributes), "zarr_format": 3, "node_type": "group"}
+            self.store.put(f"{folder}/{METADATA}".lstrip("/"), _json(metadata))
+        self.store.put(COMPLETE, canonical_json({"chunks": chunks, **extra}))
 
-    @property
-    def complete(self) -> bool:
-        return (self.path / COMPLETE).is_file()
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What ``finish`` wrote."""
-        path = self.path / COMPLETE
+    def record(self) -> dict[str, Any] | None:
+        """What ``finish`` wrote; None when the group is not complete."""
         try:
-            status = path.stat()
-            return _parsed(path, status.st_mtime_ns, status.st_ino)
-        except (OSError, ValueError):
-            remedy = REMEDY.format(path=self.path)
-            raise IncompleteStoreError(f"{self.path} is not complete. {remedy}") from None
+            found = json.loads(self.store.get(COMPLETE))
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
 
-    def missing_chunks(self) -> list[str]:
-        """Chunks that are listed but gone or of another size."""
-        return [key for key, (size, _) in self.record["chunks"].items() if _size(self.path / key) != size]
+    def missing(self, chunks: Mapping[str, list[Any]]) -> set[str]:
+        """Those of these chunks that are gone or of another size."""
+        sizes = self.store.sizes()
+        return {key for key, (size, _) in chunks.items() if sizes.get(key) != size}
 
-    def chunk_rows(self, name: str) -> int:
-        return _spec(self.path / name).chunk_rows
-
-    def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
+    def read(self, name: str, spec: ArraySpec, start: int, stop: int) -> NDArray[Any]:
         """Rows [start, stop). IncompleteStoreError when a chunk is gone or fails its checksum."""
-        spec = self._known(name)
-        out = np.empty((stop - start, *spec.shape[1:]), spec.dtype)
         step = spec.chunk_rows
-        for chunk in range(start // step, -(-stop // step)):
+        numbers = list(range(start // step, -(-stop // step)))
+        out = np.empty((stop - start, *spec.shape[1:]), spec.dtype)
+
+        def fill(chunk: int) -> None:
             first, last = max(start, chunk * step), min(stop, (chunk + 1) * step)
             rows = self._chunk(_chunk_key(name, chunk, len(spec.shape)), spec)
             out[first - start : last - start] = rows[first - chunk * step : last - chunk * step]
+
+        each(fill, numbers, at_once=not self.store.is_local)
         return out
 
-    def _known(self, name: str) -> ArraySpec:
-        try:
-            return _spec(self.path / name)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            remedy = REMEDY.format(path=self.path)
-            raise IncompleteStoreError(f"{self.path}: array {name} cannot be opened ({error!r}). {remedy}") from None
+    def ahead(self, name: str, spec: ArraySpec, start: int, stop: int) -> None:
+        """Say that rows [start, stop) will be read soon."""
+        step = spec.chunk_rows
+        numbers = range(start // step, -(-min(stop, spec.shape[0]) // step))
+        self.store.ahead([_chunk_key(name, chunk, len(spec.shape)) for chunk in numbers])
 
     def _chunk(self, key: str, spec: ArraySpec) -> NDArray[Any]:
         """A whole chunk, checked."""
-        remedy = REMEDY.format(path=self.path)
-        listed = self.record["chunks"].get(key)
         try:
-            with (self.path / key).open("rb", buffering=0) as file:
-                body = file.read(os.fstat(file.fileno()).st_size - CHECKSUM_BYTES)
-                checksum = file.read()
-        except OSError:
-            body = checksum = b""
-        if listed is None or len(body) + len(checksum) != listed[0]:
-            raise IncompleteStoreError(f"{self.path}: chunk {key} is missing or of the wrong size. {remedy}")
-        if google_crc32c.value(body) != int.from_bytes(checksum, "little"):
-            raise IncompleteStoreError(f"{self.path}: chunk {key} cannot be decoded (its checksum differs). {remedy}")
+            data = self.store.get(key)
+        except (FileNotFoundError, NotADirectoryError):
+            raise self._damage(key, "is missing") from None
+        if len(data) <= CHECKSUM_BYTES or google_crc32c.value(data) != RESIDUE:
+            raise self._damage(key, "cannot be decoded (its checksum differs)")
         rows = np.empty(spec.chunk_shape, np.dtype(spec.dtype).newbyteorder("<"))
         try:
-            spec.codec.decode(body, out=rows)
+            spec.codec.decode(memoryview(data)[:-CHECKSUM_BYTES], out=rows)
         except (ValueError, RuntimeError) as error:
-            raise IncompleteStoreError(f"{self.path}: chunk {key} cannot be decoded ({error}). {remedy}") from error
+            raise self._damage(key, f"cannot be decoded ({error})") from error
         return rows
 
+    def _damage(self, key: str, what: str) -> IncompleteStoreError:
+        error = IncompleteStoreError(f"{self.place}: chunk {key} {what}. Run again: it is made anew.")
+        error.damaged = (self.place, key)
+        return error
 
-@functools.lru_cache(maxsize=4096)
-def _parsed(path: Path, modified: int, inode: int) -> dict[str, Any]:
-    """A JSON file as it was at that time: every task asks for the same ones, and a record lists thousands of chunks."""
-    found: dict[str, Any] = json.loads(path.read_bytes())
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=2).encode()
+
+
+def _encoded(name: str, spec: ArraySpec, start: int, values: NDArray[Any]) -> list[tuple[str, bytes, bytes]]:
+    """Key, coded bytes and checksum of every chunk of these rows."""
+    stop, step = start + len(values), spec.chunk_rows
+    if start % step or (stop % step and stop != spec.shape[0]):
+        raise ValueError(f"rows {start} to {stop} of {name} are not whole chunks of {step} rows")
+    found = []
+    for chunk in range(start // step, -(-stop // step)):
+        rows = values[chunk * step - start : (chunk + 1) * step - start]
+        if len(rows) < step:  # a chunk at the edge is stored whole
+            rows = np.concatenate([rows, np.zeros((step - len(rows), *spec.shape[1:]), rows.dtype)])
+        data = spec.codec.encode(np.ascontiguousarray(rows, np.dtype(spec.dtype).newbyteorder("<")))
+        found.append(
+            (_chunk_key(name, chunk, len(spec.shape)), data, google_crc32c.value(data).to_bytes(CHECKSUM_BYTES, "little"))
+        )
     return found
 
 
-def _spec(path: Path) -> ArraySpec:
-    """An array's specification from its ``zarr.json``."""
-    status = (path / METADATA).stat()
-    found = _parsed(path / METADATA, status.st_mtime_ns, status.st_ino)
-    chunk = found["chunk_grid"]["configuration"]["chunk_shape"]
-    return ArraySpec(tuple(found["shape"]), found["data_type"], chunk[0], found["attributes"])
-
-
-def _write_file(path: Path, *parts: bytes) -> None:
-    """A file that is whole or not there, also when two tasks write it at once."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    with partial.open("xb", buffering=0) as file:
-        for part in parts:
-            view = memoryview(part)
-            while view:
-                view = view[file.write(view) :]
-    partial.replace(path)
+def chunk_keys(name: str, spec: ArraySpec) -> list[str]:
+    """The keys of all chunks of an array, in order."""
+    return [_chunk_key(name, chunk, len(spec.shape)) for chunk in range(-(-spec.shape[0] // spec.chunk_rows))]
 
 
 def _chunk_key(name: str, chunk: int, dimensions: int) -> str:
     return f"{name}/{'.'.join(['c', str(chunk), *['0'] * (dimensions - 1)])}"
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1

@@ -13,51 +13,58 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from storage.arrays import ArrayGroup, ArraySpec
+from storage.arrays import ArrayGroup, ArraySpec, chunk_keys
 from storage.digests import digest_of
 from storage.layout import DELTA_FORMAT, DTYPES
+from storage.stores import Store
 from storage.tensors import TensorInfo, is_low_rank
 
-BASE = "base"
+BASE, TABLES, RUNS = "base", "tables", "runs"
+JOB = "job.json"
+"""The same record in an output's ``.work/<inputs>/``, while the job's work is unfinished."""
 ROW_DIGESTS, ROW_SQUARES, MAGNITUDES, THRESHOLDS = "row_digests", "row_squares", "magnitudes", "thresholds"
 DIGEST_BYTES = 16
 BINS = 1 << 15
 """Counts of a chunk's |delta| by the high 16 bits of its float32, whose sign bit is clear."""
 
 
-def expert_group(deltas: Path, base_id: str, expert_id: str) -> ArrayGroup:
+def expert_group(deltas: Store, base_id: str, expert_id: str) -> ArrayGroup:
     """The delta group of one expert."""
-    return ArrayGroup(deltas / base_id / expert_id)
+    return ArrayGroup(deltas.under(f"{base_id}/{expert_id}"))
 
 
-def base_group(deltas: Path, base_id: str) -> ArrayGroup:
+def base_group(deltas: Store, base_id: str) -> ArrayGroup:
     """The base's own rows: differences to nothing."""
-    return ArrayGroup(deltas / base_id / BASE)
+    return expert_group(deltas, base_id, BASE)
 
 
 @dataclass(frozen=True)
 class StoredRows:
     """A base's rows that lie in the delta store."""
 
-    group: Path
+    group: ArrayGroup
     tensor: str
     """Their array: the tensor's name in the base."""
 
     def read(self, info: TensorInfo, start: int, stop: int) -> NDArray[Any]:
-        stored = ArrayGroup(self.group).read(self.tensor, start, stop)
+        stored = self.group.read(self.tensor, delta_spec(info), start, stop)
         return stored.view(DTYPES[info.dtype].bits)
 
 
-def table_group(deltas: Path, base_id: str, expert_ids: Sequence[str]) -> ArrayGroup:
+def table_group(deltas: Store, base_id: str, expert_ids: Sequence[str]) -> ArrayGroup:
     """The tables of a set of experts, whatever their names."""
-    return ArrayGroup(deltas / base_id / "tables" / digest_of(sorted(expert_ids))[:40])
+    return ArrayGroup(deltas.under(f"{base_id}/{TABLES}/{digest_of(sorted(expert_ids))[:40]}"))
+
+
+def run_record(base_id: str, inputs: str) -> str:
+    """Where a store remembers when a job last read or wrote it, with which experts, and for which output."""
+    return f"{base_id}/{RUNS}/{inputs[:40]}.json"
 
 
 def digest_array(tensor: str) -> str:
@@ -85,32 +92,70 @@ def group_layout(tensors: Mapping[str, TensorInfo]) -> str:
     return digest_of({name: [info.dtype, info.shape, info.channel_axis, _encoding(info)] for name, info in tensors.items()})
 
 
+def whole_record(group: ArrayGroup, tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
+    """What completed a source's group, if it is of this format, with these tensors, cut like this."""
+    record = group.record()
+    if record is None or record.get("format") != DELTA_FORMAT or record.get("layout") != group_layout(tensors):
+        return None
+    return record
+
+
 def is_whole(group: ArrayGroup, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether a source is in the store, with these tensors, cut like this, and no chunk of it is gone."""
-    if not group.complete or group.record.get("format") != DELTA_FORMAT or group.missing_chunks():
-        return False
-    return bool(group.record["layout"] == group_layout(tensors))
+    """Whether a source is in the store and no chunk of it is gone."""
+    record = whole_record(group, tensors)
+    return record is not None and not group.missing(record["chunks"])
 
 
 def _encoding(info: TensorInfo) -> str:
     return "float" if is_low_rank(info) else "bits"
 
 
-def create_expert_group(group: ArrayGroup, tensors: Mapping[str, TensorInfo], source: str) -> None:
-    """Start the delta group of an expert with all its arrays."""
+def delta_spec(info: TensorInfo) -> ArraySpec:
+    """The array of a tensor's differences: (rows, width)."""
+    attributes = {
+        "encoding": _encoding(info),
+        "dtype": info.dtype,
+        "shape": list(info.shape),
+        "channel_axis": info.channel_axis,
+    }
+    stored = "float32" if is_low_rank(info) else DTYPES[info.dtype].difference.name
+    return ArraySpec((info.rows, info.width), stored, info.chunk_rows, attributes)
+
+
+def digest_spec(info: TensorInfo) -> ArraySpec:
+    """The array of its row digests: (rows, 16) uint8."""
+    return ArraySpec((info.rows, DIGEST_BYTES), "uint8", info.chunk_rows, {"digest": "xxh3-128"})
+
+
+def squares_spec(info: TensorInfo) -> ArraySpec:
+    """The array of |delta|^2 per row: (rows,) float64."""
+    return ArraySpec((info.rows,), "float64", info.chunk_rows, {})
+
+
+def magnitudes_spec(info: TensorInfo) -> ArraySpec:
+    """The array of counts by size: (chunks, BINS) uint32."""
+    return ArraySpec((-(-info.rows // info.chunk_rows), BINS), "uint32", 1, {})
+
+
+def table_spec(base: TensorInfo, experts: int, kind: str) -> ArraySpec:
+    """The array of a table over the base's rows: (rows, N, N) float64, or (rows, N, 1) of sums."""
+    return ArraySpec((base.rows, experts, 1 if kind == "sums" else experts), "float64", base.chunk_rows, {})
+
+
+def expert_arrays(tensors: Mapping[str, TensorInfo]) -> dict[str, ArraySpec]:
+    """All arrays of a source's group."""
     arrays: dict[str, ArraySpec] = {}
     for name, info in tensors.items():
-        rows, width, step = info.rows, info.width, info.chunk_rows
-        attributes = {
-            "encoding": _encoding(info), "dtype": info.dtype, "shape": list(info.shape), "channel_axis": info.channel_axis
-        }  # fmt: skip
-        stored = "float32" if is_low_rank(info) else DTYPES[info.dtype].difference.name
-        arrays[name] = ArraySpec((rows, width), stored, step, attributes)
-        arrays[digest_array(name)] = ArraySpec((rows, DIGEST_BYTES), "uint8", step, {"digest": "xxh3-128"})
+        arrays |= {name: delta_spec(info), digest_array(name): digest_spec(info)}
         if DTYPES[info.dtype].mergeable:
-            arrays[squares_array(name)] = ArraySpec((rows,), "float64", step, {})
-            arrays[magnitudes_array(name)] = ArraySpec((-(-rows // step), BINS), "uint32", 1, {})
-    group.create(arrays, {"format": DELTA_FORMAT, "source": source})
+            arrays |= {squares_array(name): squares_spec(info), magnitudes_array(name): magnitudes_spec(info)}
+    return arrays
+
+
+def unit_keys(name: str, info: TensorInfo, start: int) -> list[str]:
+    """The chunks that hold what is known of the rows of a tensor's chunk."""
+    place = start // info.chunk_rows
+    return [chunk_keys(array, spec)[place] for array, spec in expert_arrays({name: info}).items()]
 
 
 def difference(expert: NDArray[Any], base: NDArray[Any]) -> NDArray[Any]:

@@ -65,7 +65,14 @@ class ArtifactError(ChannelMergingError, ValueError):
 
 
 class IncompleteStoreError(ChannelMergingError):
-    """A delta group or a table is not complete, or lost a chunk, or a chunk fails its checksum."""
+    """A delta group or a table lost a chunk, or a chunk fails its checksum."""
+
+    damaged: tuple[str, str] | None = None
+    """Place of the group and key of the chunk, where that is what is wrong."""
+
+
+class StoreError(ChannelMergingError):
+    """A store cannot be written or reached, after retries: no room, no permission, no answer."""
 
 
 class StoreBusyError(ChannelMergingError):

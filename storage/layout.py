@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-ARTIFACT_FORMAT = 3
-DELTA_FORMAT = 4
+ARTIFACT_FORMAT = 4
+DELTA_FORMAT = 5
 
 CHUNK_ELEMENTS = 8 * 1024 * 1024
 """Entries of one chunk of the delta store: 16 MiB in bf16 and fp16, 32 MiB in fp32. Part of the format."""

@@ -6,6 +6,8 @@ Its file is written in one canonical form and carries a digest of itself, so tha
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import PurePosixPath
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -13,9 +15,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from storage.atomic import canonical_json
 from storage.digests import digest_of
 from storage.errors import ArtifactError
-from storage.layout import ARTIFACT_FORMAT
+from storage.layout import ARTIFACT_FORMAT, MANIFEST
 
 VERSION_LENGTH = 16
+READ_FORMATS = (3, ARTIFACT_FORMAT)
+"""Format 3 is the same without ``parent``."""
+_LONGEST_NAME = 255
 
 
 class _Record(BaseModel):
@@ -123,30 +128,54 @@ class Manifest(_Record):
     """Bytes read and written per stage."""
     notes: tuple[str, ...]
     """What a user should know: casts, private rows, how K was chosen."""
+    parent: str | None = None
+    """The version that this one, of a single expert, was pulled from."""
 
     def to_bytes(self) -> bytes:
         """The file's content: canonical JSON with a digest over all other fields."""
-        fields = self.model_dump(mode="json")
+        fields = self.model_dump(mode="json", exclude={"parent"} if self.format < ARTIFACT_FORMAT else None)
         return canonical_json({**fields, "digest": digest_of(fields)})
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Self:
-        """Read a manifest. ArtifactError when it is damaged or of another format."""
+        """Read a manifest. ArtifactError when it is damaged, of another format, or names files outside of its folder."""
         try:
             fields = json.loads(data)
             digest = fields.pop("digest", None)
             found = fields.get("format")
         except (ValueError, AttributeError) as error:
             raise ArtifactError(f"{where} is damaged: {error}. Pull or build the artifact again.") from None
-        if found != ARTIFACT_FORMAT:
-            raise ArtifactError(f"{where}: expected artifact format {ARTIFACT_FORMAT}, got {found}. Use a matching release.")
+        if found not in READ_FORMATS:
+            known = " or ".join(map(str, READ_FORMATS))
+            raise ArtifactError(f"{where}: expected artifact format {known}, got {found}. Use a matching release.")
         try:
             manifest = cls.model_validate(fields)
         except ValidationError as error:
             raise ArtifactError(f"{where} is damaged: {error}. Pull or build the artifact again.") from None
         if digest != digest_of(fields) or canonical_json({**fields, "digest": digest}) != data:
             raise ArtifactError(f"{where} was changed after it was written. Pull or build the artifact again.")
+        if problems := list(_name_problems(manifest)):
+            raise ArtifactError.listing(f"{where} names what no artifact holds. Use an artifact you trust", problems)
         return manifest
+
+
+def _name_problems(manifest: Manifest) -> Iterator[str]:
+    """Names become files below the artifact's folder, here and where it is pulled to: none may lead out of it."""
+    for name in manifest.files:
+        if not _is_inside(name) or name == MANIFEST:
+            yield f"file {name!a}: expected a relative path inside the artifact"
+        elif any(str(parent) in manifest.files for parent in [*PurePosixPath(name).parents][:-1]):
+            yield f"file {name!a}: it lies below another file"
+    yield from (f"expert {name!a}: expected a folder's name" for name in manifest.experts if not _is_inside(name, depth=1))
+    if not _is_inside(manifest.version, depth=1):
+        yield f"version {manifest.version!a}: expected a folder's name"
+
+
+def _is_inside(name: str, depth: int = 0) -> bool:
+    """Whether a name is a plain relative path, of so many parts if any are said."""
+    parts = name.split("/")
+    plain = all(part not in ("", ".", "..") and len(part.encode()) <= _LONGEST_NAME for part in parts)
+    return plain and depth in (0, len(parts)) and not set("\\\0") & set(name)
 
 
 def version_of(files: dict[str, FileRecord]) -> str:

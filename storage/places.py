@@ -84,6 +84,14 @@ def local_path(place: str, folder: Path) -> Path:
     return (folder / Path(place).expanduser()).resolve()
 
 
+def target_at(place: str, folder: Path) -> str:
+    """Where a delta store or an output lies that a recipe in ``folder`` names: an absolute path, or a URL without a slash."""
+    if scheme_of(place) in OBJECT_STORES:
+        scheme, _, rest = place.partition("://")
+        return f"{scheme.lower()}://{rest.rstrip('/')}"
+    return str(local_path(place, folder))
+
+
 def local_problem(place: str, folder: Path) -> str | None:
     """What is wrong with how a local place is written."""
     if scheme_of(place) == "file" and place.partition("://")[2].partition("/")[0].lower() not in ("", "localhost"):
@@ -95,7 +103,8 @@ def local_problem(place: str, folder: Path) -> str | None:
     return None
 
 
-def _object_problem(place: str) -> str | None:
+def object_problem(place: str) -> str | None:
+    """What is wrong with how an object store's URL is written."""
     rest = place.partition("://")[2]
     host = rest.partition("/")[0]
     if "?" in rest or "#" in rest or ":" in host or ("@" in host and scheme_of(place) not in _OF_CONTAINERS):
@@ -117,7 +126,7 @@ def source_problem(place: str, folder: Path) -> str | None:
         return f"empty source; expected {SOURCES}"
     kind = kind_of(place, folder)
     if kind == "objects":
-        return _object_problem(place)
+        return object_problem(place)
     if kind is None:
         meant = _hub_suggestion(place) if scheme_of(place) in ("http", "https", "hf") else None
         got = f"sources are a Hub id, a folder, or a URL of s3, gs or az; got {shown_scheme(place)}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +20,8 @@ from pipeline.plan import TensorPlan
 from pipeline.recipe import AUTO, ROUNDING
 from pipeline.rows import row_counts
 from pipeline.stages.labels import GRAM, ClusterTask, delta_squares, equal_rows, keeps_exact, labels_for, read_channels
+from storage.parts import arrays_from_bytes, arrays_to_bytes
+from storage.stores import Store
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,17 @@ class CurveTask:
 
     cluster: ClusterTask
     weights: tuple[float, ...]
-    folder: Path
+    folder: Store
     """Where curves are written."""
 
 
-def chosen_path(folder: Path, tensor: str) -> Path:
-    """The file of a tensor's K per channel."""
-    return folder / f"{tensor}.npy"
+def read_choice(folder: Store, tensor: str) -> NDArray[np.int64]:
+    """(channels,) the K chosen for every channel of a tensor."""
+    return arrays_from_bytes(folder.get(f"{tensor}.npz"))["groups"]
 
 
-def _curve_path(folder: Path, tensor: str) -> Path:
-    return folder / f"{tensor}.curve.npz"
+def _curve_key(tensor: str) -> str:
+    return f"{tensor}.curve.npz"
 
 
 def curves_block(task: CurveTask) -> int:
@@ -60,19 +61,18 @@ def curves_block(task: CurveTask) -> int:
                 rows[span, k - 1] = row_counts(labels, channels.equal, zero=channels.zero, keep=keep)
         if task.cluster.merge.granularity != "channel":
             errors, rows = errors.sum(axis=0, keepdims=True), rows.sum(axis=0, keepdims=True)
-        with _curve_path(task.folder, tensor.name).open("wb") as file:
-            np.savez(file, errors=errors, rows=rows)
+        task.folder.put(_curve_key(tensor.name), arrays_to_bytes({"errors": errors, "rows": rows}))
         written += 1
     return written
 
 
-def _curves(job: Job, folder: Path, tensors: Sequence[TensorPlan]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _curves(job: Job, folder: Store, tensors: Sequence[TensorPlan]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Errors and entries of all units, tensor by tensor; one unit for the whole model where it is grouped as one."""
     errors, entries = [], []
     for tensor in tensors:
-        with np.load(_curve_path(folder, tensor.name), allow_pickle=False) as stored:
-            errors.append(stored["errors"])
-            entries.append(stored["rows"] * tensor.width)
+        stored = arrays_from_bytes(folder.get(_curve_key(tensor.name)))
+        errors.append(stored["errors"])
+        entries.append(stored["rows"] * tensor.width)
     if job.recipe.merge.granularity == "model":
         return np.sum(errors, axis=0), np.sum(entries, axis=0)
     return np.concatenate(errors), np.concatenate(entries)
@@ -83,12 +83,11 @@ def _fixed_entries(job: Job) -> int:
     return sum(t.groups * t.base_rows * t.width for t in job.plan.merged if t.groups != AUTO)
 
 
-def choose_groups(job: Job, engine: Engine, tasks: Sequence[ClusterTask], folder: Path) -> tuple[str, ...]:
+def choose_groups(job: Job, engine: Engine, tasks: Sequence[ClusterTask], folder: Store) -> tuple[str, ...]:
     """Write K per channel of every tensor with ``groups: auto``; what a user should know of it.
 
     The plan has seen to it that the budget covers what has to be stored.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     weights = tuple(job.recipe.experts[name].weight for name in job.plan.experts)
     asked = [task for task in tasks if any(tensor.groups == AUTO for tensor in task.tensors)]
     engine.run(
@@ -111,7 +110,7 @@ def choose_groups(job: Job, engine: Engine, tasks: Sequence[ClusterTask], folder
     return (_summary(why, chosen, errors, entries, _fixed_entries(job), everything),)
 
 
-def _write_choice(job: Job, folder: Path, tensors: Sequence[TensorPlan], chosen: NDArray[np.int64]) -> None:
+def _write_choice(job: Job, folder: Store, tensors: Sequence[TensorPlan], chosen: NDArray[np.int64]) -> None:
     at = 0
     for tensor in tensors:
         if job.recipe.merge.granularity == "channel":
@@ -120,7 +119,7 @@ def _write_choice(job: Job, folder: Path, tensors: Sequence[TensorPlan], chosen:
         else:
             mine = np.repeat(chosen[at : at + 1], tensor.base_rows)
             at += job.recipe.merge.granularity == "layer"
-        np.save(chosen_path(folder, tensor.name), mine)
+        folder.put(f"{tensor.name}.npz", arrays_to_bytes({"groups": mine}))
 
 
 def _summary(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,13 +11,15 @@ from numpy.typing import NDArray
 
 from pipeline.engine import Engine
 from pipeline.job import Job
+from pipeline.ledger import Item, Ledger, Work, block_key
 from pipeline.plan import TensorPlan
 from pipeline.recipe import AUTO
 from pipeline.roles import layer_of
-from pipeline.rows import RowTable, build_table
-from pipeline.stages.choice import choose_groups, chosen_path
+from pipeline.rows import RowTable, build_table, table_key
+from pipeline.stages.choice import choose_groups, read_choice
 from pipeline.stages.labels import (
     ClusterTask,
+    Sums,
     added,
     delta_squares,
     equal_rows,
@@ -29,11 +30,7 @@ from pipeline.stages.labels import (
 )
 from pipeline.stages.similarity import clustering_of, table_order
 from storage.deltas import expert_group, table_group
-
-
-def table_path(folder: Path, tensor: str) -> Path:
-    """The file of a tensor's row table inside a job's work folder."""
-    return folder / f"{tensor}.npz"
+from storage.stores import Store
 
 
 def _table(task: ClusterTask, tensor: TensorPlan) -> RowTable:
@@ -50,7 +47,7 @@ def _table(task: ClusterTask, tensor: TensorPlan) -> RowTable:
     if tensor.groups == AUTO:
         if task.chosen is None:
             raise AssertionError("groups: auto needs a choice")
-        groups = np.load(chosen_path(task.chosen, tensor.name), allow_pickle=False)
+        groups = read_choice(task.chosen, tensor.name)
     else:
         groups = tensor.groups
     for channels in read_channels(task, tensor, equal[:shared]):
@@ -65,10 +62,10 @@ def _table(task: ClusterTask, tensor: TensorPlan) -> RowTable:
 class ClusterReceipt:
     """What came of a block."""
 
-    rows: Mapping[str, int]
+    rows: dict[str, int]
     """Pool rows per tensor."""
-    delta_squares: NDArray[np.float64]
-    """(experts,) sum of squares of the delta over merged tensors."""
+    delta_squares: list[float]
+    """Per expert the sum of squares of its delta over merged tensors."""
 
 
 def cluster_block(task: ClusterTask) -> ClusterReceipt:
@@ -76,52 +73,83 @@ def cluster_block(task: ClusterTask) -> ClusterReceipt:
     counts, norms = {}, np.zeros(len(task.experts))
     for tensor in task.tensors:
         table = _table(task, tensor)
-        table.save(table_path(task.folder, tensor.name))
+        table.save(task.folder, tensor.name)
         counts[tensor.name] = len(table)
         if tensor.policy == "merge":
             norms += delta_squares(task, tensor).sum(axis=0)
-    return ClusterReceipt(counts, norms)
+    return ClusterReceipt(counts, norms.tolist())
 
 
-@dataclass(frozen=True)
+WORK: Work[ClusterTask, ClusterReceipt] = Work("cluster", cluster_block, priority=2)
+
+
+def looks_at_all(job: Job) -> bool:
+    """Whether how one tensor's experts are grouped depends on other tensors."""
+    merge = job.recipe.merge
+    return (merge.granularity == "model" and bool(job.plan.clustered)) or any(t.groups == AUTO for t in job.plan.merged)
+
+
 class Grouping:
-    """What the stage came to."""
+    """The groups of every channel's experts, wave by wave."""
 
-    rows: Mapping[str, int]
-    """Pool rows per tensor."""
-    delta_squares: tuple[float, ...]
-    """Per expert the sum of squares of its delta over merged tensors."""
-    notes: tuple[str, ...]
-    """What a user should know of the choice of K."""
+    def __init__(self, job: Job, engine: Engine) -> None:
+        self.job = job
+        self.engine = engine
+        self.rows: dict[str, int] = {}
+        """Pool rows per tensor."""
+        self.notes: tuple[str, ...] = ()
+        """What a user should know of the choice of K."""
+        self.receipts: list[ClusterReceipt] = []
+        self._whole: Sums | None = None
+        self._chosen: Store | None = None
 
+    @property
+    def tables(self) -> Store:
+        """Where row tables lie."""
+        return self.job.work.under("tables")
 
-def cluster(job: Job, engine: Engine) -> Grouping:
-    """Group the experts of every channel."""
-    folder = job.work / "tables"
-    folder.mkdir(parents=True, exist_ok=True)
-    order = table_order(job)
-    table = table_group(job.deltas, job.base.id, [job.experts[name].id for name in order]).path
-    groups = tuple(expert_group(job.deltas, job.base.id, source.id).path for source in job.experts.values())
-    positions = tuple(order.index(name) for name in job.plan.experts)
-    layers: dict[str, list[TensorPlan]] = {}
-    for tensor in job.plan.tensors.values():
-        layers.setdefault(layer_of(tensor.name), []).append(tensor)
-    tasks = [
-        ClusterTask(
-            tuple(tensors), job.plan.experts, groups, table, positions, job.recipe.merge, clustering_of(job), folder
-        )
-        for tensors in layers.values()
-    ]  # fmt: skip
-    if job.recipe.merge.granularity == "model" and job.plan.clustered:
-        summed = [task for task in tasks if any(tensor.is_clustered for tensor in task.tensors)]
-        labels = [layer_of(task.tensors[0].name) for task in summed]
-        whole = added(engine.run("sum", table_sums, summed, labels))
-        tasks = [replace(task, whole=whole) for task in tasks]
-    notes: tuple[str, ...] = ()
-    if any(tensor.groups == AUTO for tensor in job.plan.merged):
-        chosen = job.work / "groups"
-        notes = choose_groups(job, engine, tasks, chosen)
-        tasks = [replace(task, chosen=chosen) for task in tasks]
-    receipts = engine.run("cluster", cluster_block, tasks, list(layers))
-    squares = np.sum([receipt.delta_squares for receipt in receipts], axis=0)
-    return Grouping({name: rows for receipt in receipts for name, rows in receipt.rows.items()}, tuple(squares.tolist()), notes)
+    @property
+    def delta_squares(self) -> tuple[float, ...]:
+        """Per expert the sum of squares of its delta over merged tensors."""
+        return tuple(np.sum([receipt.delta_squares for receipt in self.receipts], axis=0).tolist())
+
+    def _tasks(self, tensors: Iterable[TensorPlan]) -> dict[str, ClusterTask]:
+        """A task per layer."""
+        job, order = self.job, table_order(self.job)
+        table = table_group(job.deltas, job.base.id, [job.experts[name].id for name in order])
+        groups = tuple(expert_group(job.deltas, job.base.id, source.id) for source in job.experts.values())
+        positions = tuple(order.index(name) for name in job.plan.experts)
+        layers: dict[str, list[TensorPlan]] = {}
+        for tensor in tensors:
+            layers.setdefault(layer_of(tensor.name), []).append(tensor)
+        return {
+            layer: ClusterTask(
+                tuple(held), job.plan.experts, groups, table, positions, job.recipe.merge, clustering_of(job), self.tables,
+                self._whole, self._chosen,
+            )
+            for layer, held in layers.items()
+        }  # fmt: skip
+
+    def look_at_all(self) -> None:
+        """Find out what the grouping of any tensor depends on, once everything is measured."""
+        job = self.job
+        if job.recipe.merge.granularity == "model" and job.plan.clustered:
+            tasks = self._tasks(job.plan.clustered)
+            self._whole = added(self.engine.run("sum", table_sums, list(tasks.values()), list(tasks)))
+        if any(tensor.groups == AUTO for tensor in job.plan.merged):
+            chosen = job.work.under("groups")
+            self.notes = choose_groups(job, self.engine, list(self._tasks(job.plan.tensors.values()).values()), chosen)
+            self._chosen = chosen
+
+    def wave(self, tensors: Sequence[TensorPlan]) -> None:
+        """Group the experts of these tensors' channels."""
+        ledger = Ledger(self.job.work.under("receipts/cluster"), ClusterReceipt)
+        items = [
+            Item(task, layer, block_key([tensor.name for tensor in task.tensors]), ledger)
+            for layer, task in self._tasks(tensors).items()
+        ]
+        written = self.tables.sizes()
+        receipts, _ = WORK.resume(self.engine, items, lambda receipt: all(table_key(name) in written for name in receipt.rows))
+        self.receipts += receipts
+        for receipt in receipts:
+            self.rows |= receipt.rows

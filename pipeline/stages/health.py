@@ -48,7 +48,7 @@ def _ratio(parts: Iterable[Mapping[str, float | None]]) -> float | None:
 
 def _probed(job: Job, name: str) -> list[tuple[TensorInfo, TensorInfo]]:
     """Some matrices of an expert and of its base, where they come from; none of one that is in the store already."""
-    if expert_group(job.deltas, job.base.id, job.experts[name].id).complete:
+    if expert_group(job.deltas, job.base.id, job.experts[name].id).record() is not None:
         return []
 
     def pair(tensor: TensorPlan) -> tuple[TensorInfo, TensorInfo] | None:
@@ -109,7 +109,8 @@ def _distance(expert: NDArray[Any], base: NDArray[Any]) -> dict[str, float | Non
 
 
 def _of_expert(job: Job, name: str) -> Health:
-    statistics = expert_group(job.deltas, job.base.id, job.experts[name].id).record["statistics"]
+    record = expert_group(job.deltas, job.base.id, job.experts[name].id).record()
+    statistics = record["statistics"] if record else {}
     layers: dict[str, list[Mapping[str, float | None]]] = {}
     for tensor in job.plan.merged:
         layers.setdefault(layer_of(tensor.name), []).append(statistics[tensor.name])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,9 @@ from pipeline.kernels.masks import mask_key
 from pipeline.plan import TensorPlan
 from pipeline.recipe import AUTO, MergeSection
 from pipeline.rows import first_equal
-from storage.arrays import ArrayGroup
-from storage.deltas import digest_array, squares_array, table_array
+from storage.arrays import ArrayGroup, each
+from storage.deltas import digest_array, digest_spec, squares_array, squares_spec, table_array, table_spec
+from storage.stores import Store
 
 GRAM = "gram"
 TABLE_ENTRIES = 1 << 20
@@ -32,18 +32,18 @@ class ClusterTask:
 
     tensors: tuple[TensorPlan, ...]
     experts: tuple[str, ...]
-    groups: tuple[Path, ...]
+    groups: tuple[ArrayGroup, ...]
     """Delta groups in order of the experts' names."""
-    table: Path
+    table: ArrayGroup
     positions: tuple[int, ...]
     """Where each expert, in order of name, stands in the tables."""
     merge: MergeSection
     clustering: Clustering
-    folder: Path
+    folder: Store
     """Where row tables are written."""
     whole: Sums | None = None
     """The sums over all merged matrices, for granularity model."""
-    chosen: Path | None = None
+    chosen: Store | None = None
     """Where the K of every channel lies, for ``groups: auto``."""
 
 
@@ -71,15 +71,21 @@ class Channels:
 
 def delta_squares(task: ClusterTask, tensor: TensorPlan) -> NDArray[np.float64]:
     """(rows of the base, N) |delta|^2."""
-    read = [ArrayGroup(group).read(squares_array(tensor.name), 0, tensor.base_rows) for group in task.groups]
-    return np.stack(read, axis=1)
+
+    def one(n: int) -> NDArray[Any]:
+        spec = squares_spec(tensor.experts[task.experts[n]])
+        return task.groups[n].read(squares_array(tensor.name), spec, 0, tensor.base_rows)
+
+    return np.stack(each(one, list(range(len(task.groups))), at_once=not task.table.store.is_local), axis=1)
 
 
 def equal_rows(task: ClusterTask, tensor: TensorPlan) -> NDArray[np.int16]:
-    digests = [
-        ArrayGroup(group).read(digest_array(tensor.name), 0, tensor.experts[name].rows) if name in tensor.experts else None
-        for name, group in zip(task.experts, task.groups, strict=True)
-    ]
+
+    def one(n: int) -> NDArray[Any] | None:
+        info = tensor.experts.get(task.experts[n])
+        return None if info is None else task.groups[n].read(digest_array(tensor.name), digest_spec(info), 0, info.rows)
+
+    digests = each(one, list(range(len(task.groups))), at_once=not task.table.store.is_local)
     return first_equal(digests, tensor.rows)
 
 
@@ -95,8 +101,11 @@ def _tables(
         return found
     needed = {task.clustering.table} if task.clustering.kind != "random" else set()
     places = list(task.positions)
+    if tensor.base is None:
+        raise AssertionError(f"{tensor.name}: a merged tensor has a base")
     for kind in needed | {GRAM} if tensor.groups == AUTO else needed:
-        stored = ArrayGroup(task.table).read(table_array(kind, tensor.name), start, stop)
+        spec = table_spec(tensor.base, count, kind)
+        stored = task.table.read(table_array(kind, tensor.name), spec, start, stop)
         found[kind] = stored[:, places] if kind == "sums" else stored[:, places][:, :, places]
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,51 +14,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import memory
-from pipeline.engine import Engine
 from pipeline.job import Job
 from pipeline.kernels.bits import cast, to_float
 from pipeline.kernels.forms import COMBINED, SUM, WHOLE, Combining, PoolRows, Pruning, in_order_of_channel
 from pipeline.kernels.fused import merging as fused
 from pipeline.kernels.fused.floats import tagged
-from pipeline.kernels.methods.byom import Rows, kept_per_row, residue
+from pipeline.kernels.methods.byom import Rows, residue
+from pipeline.ledger import Work
 from pipeline.plan import Block, TensorPlan
 from pipeline.recipe import MergeSection
 from pipeline.rows import RowTable
-from pipeline.stages.cluster import table_path
 from pipeline.stages.groups import Merging
-from pipeline.stages.similarity import Measured
+from pipeline.stages.pool import ResidueTarget, Target
 from pipeline.stages.slices import FUSED, Slice, bytes_of, chunks, device_of
 from storage.arrays import ArrayGroup
-from storage.deltas import expert_group
 from storage.errors import CheckpointError
-from storage.layout import DTYPES, RESIDUE_FILE, SHARD_BYTES
-from storage.safetensors_file import Slot, allocate, shard_name, shards, write_at
+from storage.parts import LocalRows, PartRows, sync_data
+from storage.stores import Store
 
 NOTHING_PRUNED = Pruning(WHOLE, np.zeros((1, 2), np.uint32), 0, np.ones(1, np.float32), np.zeros((1, 1), np.float32), 0)
 NOTHING_COMBINED = Combining(SUM, False, np.ones((1, 1), np.float32))
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Where the pool's rows lie: known before anything is merged."""
-
-    files: Mapping[str, tuple[Slot, ...]]
-    offsets: Mapping[str, tuple[str, int]]
-    """Tensor -> its file and the byte offset of its first row."""
-    residues: Mapping[str, Mapping[str, Residue]]
-    """Tensor -> expert -> where the entries that it keeps for itself go."""
-
-
-@dataclass(frozen=True)
-class Residue:
-    """Where one expert's kept entries of one tensor lie."""
-
-    path: Path
-    columns: int
-    """Byte offset of the columns, (rows, count) int32."""
-    values: int
-    """Byte offset of the values, (rows, count) in the pool's type."""
-    count: int
 
 
 @dataclass(frozen=True)
@@ -67,12 +42,13 @@ class MergeTask:
 
     block: Block
     tensors: Mapping[str, TensorPlan]
-    targets: Mapping[str, tuple[Path, int]]
-    """Tensor -> pool file and byte offset."""
-    residues: Mapping[str, Mapping[str, Residue]]
-    tables: Path
+    targets: Mapping[str, Target]
+    """Tensor -> where its pool rows go."""
+    residues: Mapping[str, Mapping[str, ResidueTarget]]
+    """Tensor -> expert -> where the entries that it keeps for itself go."""
+    tables: Store
     experts: tuple[str, ...]
-    groups: tuple[Path, ...]
+    groups: tuple[ArrayGroup, ...]
     weights: tuple[float, ...]
     merge: MergeSection
     thresholds: Mapping[str, tuple[float, ...]]
@@ -88,29 +64,62 @@ class MergeReceipt:
 
     bytes_read: int
     bytes_written: int
-    error_squares: tuple[float, ...]
+    error_squares: list[float]
     """Per expert the sum of squares of (rebuilt - expert) over merged tensors."""
-    non_finite: tuple[tuple[str, int], ...]
+    non_finite: list[tuple[str, int]]
     """(tensor, count) of values in pool rows that are no numbers, though every source value was one."""
+    parts: list[str]
+    """Keys of the parts written, where rows do not go into the pool's file itself."""
 
 
 class _PoolWriter:
     """Writes the pool rows of one tensor, slice by slice."""
 
-    def __init__(self, task: MergeTask, tensor: TensorPlan) -> None:
+    def __init__(self, task: MergeTask, tensor: TensorPlan, first: int) -> None:
         self.task = task
         self.tensor = tensor
-        self.table = RowTable.load(table_path(task.tables, tensor.name))
+        self.table = RowTable.load(task.tables, tensor.name)
         device = device_of(task.kernel)
         self.merging = Merging(task.merge, task.experts, task.weights, task.kernel == FUSED, device)
-        self.file, self.offset = task.targets[tensor.name]
-        self.row_bytes = tensor.width * DTYPES[tensor.dtype].size
+        self.target = task.targets[tensor.name]
+        self.kept = task.residues.get(tensor.name, {})
+        self._open(first)
+        self.parts: list[str] = []
         self.written = 0
         self.error_squares = np.zeros(len(task.experts))
         self.non_finite = 0
 
+    def cuts(self, chunk: Slice, step: int) -> list[tuple[int, int]]:
+        """Ranges of a chunk's rows of at most ``step``, none of which crosses the base's last row or a part's first."""
+        starts = self.target.part_starts
+        borders = starts[(starts > chunk.first) & (starts < chunk.first + len(chunk))]
+        return _cuts(len(chunk), step, [self.tensor.base_rows - chunk.first, *(borders - chunk.first).tolist()])
+
+    def _open(self, first: int) -> None:
+        self.rows = self.target.open(first)
+        self.residues = {name: target.open(first) for name, target in self.kept.items()}
+
+    @property
+    def _outs(self) -> list[LocalRows | PartRows]:
+        return [self.rows, *(part for pair in self.residues.values() for part in pair)]
+
+    @property
+    def files(self) -> set[Path]:
+        """Local files that rows went into."""
+        return {out.path for out in self._outs if isinstance(out, LocalRows)}
+
+    def finish(self) -> None:
+        """Write out what is held back."""
+        for out in self._outs:
+            if isinstance(out, PartRows) and out.places:
+                out.finish()
+                self.parts.append(out.key)
+
     def write(self, part: Slice) -> None:
         """Write all pool rows whose channel lies in the slice."""
+        if part.first in self.target.part_starts:
+            self.finish()
+            self._open(part.first)
         channel = self.table.channel
         picked = np.flatnonzero((channel >= part.first) & (channel < part.first + len(part)))
         if not len(picked):
@@ -121,14 +130,11 @@ class _PoolWriter:
         out = np.empty((len(picked), self.tensor.width), part.base.dtype)
         errors, bad = self._merge(part, rows, out)
         self.non_finite += bad
-        # rows of one set of users are consecutive in the pool
-        for run in np.split(np.arange(len(picked)), np.flatnonzero(np.diff(picked) != 1) + 1):
-            write_at(self.file, self.offset + int(picked[run[0]]) * self.row_bytes, out[run[0] : run[-1] + 1])
+        self.rows.write(picked, out)
         self.written += out.nbytes
-        kept = self.task.residues.get(self.tensor.name, {})
         for n, name in enumerate(self.task.experts):
-            if name in kept and part.first < self.tensor.base_rows:
-                self.error_squares[n] += self._write_residue(part, n, rows, out, kept[name])
+            if name in self.kept and part.first < self.tensor.base_rows:
+                self.error_squares[n] += self._write_residue(part, n, rows, out)
             else:
                 self.error_squares[n] += math.fsum(errors[:, n])
 
@@ -152,7 +158,7 @@ class _PoolWriter:
         known = part.float_deltas(merging.device) if combined else {}
         return merge_rows(part.base, own, dtypes, dtype, rows, merging.method, pruning, combining, out, merging.device, known)
 
-    def _write_residue(self, part: Slice, n: int, rows: PoolRows, out: NDArray[Any], place: Residue) -> float:
+    def _write_residue(self, part: Slice, n: int, rows: PoolRows, out: NDArray[Any]) -> float:
         """Write what an expert keeps of a slice; the squared error that is left."""
         bits, dtype, name = part.own(self.task.experts)[n], self.tensor.dtype, self.task.experts[n]
         if bits is None:
@@ -161,94 +167,53 @@ class _PoolWriter:
         shared, own = out[rows.places[mine]], cast(bits, part.dtype(name), dtype)
         delta = part.deltas([name], self.merging.device, [part.stored[n]])[0]
         both = Rows(bits, part.dtype(name), delta, shared, dtype, rows.kinds[mine] != COMBINED)
-        columns, values = residue(both, place.count, self.task.merge.residual, self.merging.device)
-        for offset, found in ((place.columns, columns), (place.values, values)):
-            write_at(place.path, offset + part.first * place.count * found.itemsize, found)
+        columns, values = residue(both, self.kept[name].count, self.task.merge.residual, self.merging.device)
+        channels = np.arange(part.first, part.first + len(part), dtype=np.int64)
+        for rows_out, found in zip(self.residues[name], (columns, values), strict=True):
+            rows_out.write(channels, found)
         self.written += columns.nbytes + values.nbytes
         rebuilt = shared.copy()
         np.put_along_axis(rebuilt, columns.astype(np.int64), values, axis=1)
         return float((to_float(rebuilt, dtype) - to_float(own, dtype)).double().square().sum())
 
 
-def _cuts(rows: int, step: int, border: int) -> list[tuple[int, int]]:
-    """Cut [0, rows) into ranges of at most ``step`` rows, none of which crosses the border."""
-    edges = sorted({0, rows, *range(0, rows, step), *([border] if 0 < border < rows else [])})
+def _cuts(rows: int, step: int, borders: Sequence[int]) -> list[tuple[int, int]]:
+    """Cut [0, rows) into ranges of at most ``step`` rows, none of which crosses a border."""
+    edges = sorted({0, rows, *range(0, rows, step), *(border for border in borders if 0 < border < rows)})
     return list(pairwise(edges))
 
 
 def merge_block(task: MergeTask) -> MergeReceipt:
     """Write the pool rows of a block's channels. The same block twice writes the same bytes."""
-    groups = [ArrayGroup(path) for path in task.groups]
     read = written = 0
     errors = np.zeros(len(task.experts))
     bad: list[tuple[str, int]] = []
+    parts: list[str] = []
+    files: set[Path] = set()
     for piece in task.block.pieces:
         tensor = task.tensors[piece.tensor]
-        writer = _PoolWriter(task, tensor)
-        rows_at_once = memory.slice_rows(task.memory, tensor.chunk_rows, tensor.width, len(task.experts))
-        for chunk in chunks(piece, tensor.chunk_rows, tensor, task.experts, groups):
+        writer = _PoolWriter(task, tensor, piece.start)
+        step = memory.slice_rows(task.memory, tensor.chunk_rows, tensor.width, len(task.experts))
+        for chunk in chunks(piece, tensor.chunk_rows, tensor, task.experts, task.groups):
             read += bytes_of(chunk)
-            for low, high in _cuts(len(chunk), rows_at_once, tensor.base_rows - chunk.first):
+            for low, high in writer.cuts(chunk, step):
                 writer.write(chunk.cut(low, high))
+        writer.finish()
         written += writer.written
         errors += writer.error_squares
+        parts += writer.parts
+        files |= writer.files
         if writer.non_finite:
             bad.append((tensor.name, writer.non_finite))
-    return MergeReceipt(read, written, tuple(errors), tuple(bad))
+    sync_data(files)
+    return MergeReceipt(read, written, errors.tolist(), bad, parts)
 
 
-def _lay_out_residues(job: Job) -> dict[str, dict[str, Residue]]:
-    """Allocate a file per expert for the entries it keeps, where the method keeps any."""
-    section = job.recipe.merge
-    tensors = job.plan.combined if section.method == "byom" else []
-    found: dict[str, dict[str, Residue]] = {tensor.name: {} for tensor in tensors}
-    for name in job.plan.experts if tensors else ():
-        slots: list[Slot] = []
-        counts: dict[str, int] = {}
-        for tensor in tensors:
-            counts[tensor.name] = count = kept_per_row(section.keep, tensor.width)
-            shape = (tensor.base_rows, count)
-            slots += [Slot(f"{tensor.name}.columns", "I32", shape), Slot(f"{tensor.name}.values", tensor.dtype, shape)]
-        path = job.staged / "experts" / name / RESIDUE_FILE
-        path.parent.mkdir(parents=True)
-        places = allocate(path, slots)
-        for kept, count in counts.items():
-            found[kept][name] = Residue(path, places[f"{kept}.columns"], places[f"{kept}.values"], count)
-    return found
+WORK: Work[MergeTask, MergeReceipt] = Work("merge", merge_block, priority=3)
 
 
-def lay_out(job: Job, rows: Mapping[str, int]) -> Pool:
-    """Deal the tensors to the pool's files and allocate them."""
-    slots = [Slot(tensor.name, tensor.dtype, (rows[tensor.name], tensor.width)) for tensor in job.plan.tensors.values()]
-    dealt = shards(slots, SHARD_BYTES)
-    files = {shard_name("pool", i, len(dealt)): tuple(group) for i, group in enumerate(dealt, 1)}
-    job.staged.mkdir(parents=True)
-    offsets = {}
-    for name, group in files.items():
-        for tensor, offset in allocate(job.staged / name, group).items():
-            offsets[tensor] = (name, offset)
-    return Pool(files, offsets, _lay_out_residues(job))
-
-
-def merge(job: Job, engine: Engine, pool: Pool, measured: Measured) -> list[MergeReceipt]:
-    """Fill the pool."""
-    blocks = job.plan.blocks(job.plan.tensors.values())
-    groups = tuple(expert_group(job.deltas, job.base.id, source.id).path for source in job.experts.values())
-    weights = tuple(job.recipe.experts[name].weight for name in job.plan.experts)
-    tasks = []
-    for block in blocks:
-        tensors = {piece.tensor: job.plan.tensors[piece.tensor] for piece in block.pieces}
-        targets = {name: (job.staged / pool.offsets[name][0], pool.offsets[name][1]) for name in tensors}
-        tasks.append(
-            MergeTask(
-                block, tensors, targets, {name: pool.residues[name] for name in tensors if name in pool.residues},
-                job.work / "tables", job.plan.experts, groups, weights, job.recipe.merge,
-                {name: measured.thresholds[name] for name in tensors if name in measured.thresholds},
-                {name: measured.scales[name] for name in tensors if name in measured.scales},
-                job.plan.memory, job.recipe.cluster.kernel, engine.threads,
-            )
-        )  # fmt: skip
-    receipts = engine.run("merge", merge_block, tasks, [block.label for block in blocks])
+def check_finite(job: Job, receipts: Iterable[MergeReceipt]) -> None:
+    """CheckpointError when merged or cast values are no numbers."""
     counts: Counter[str] = Counter()
     for receipt in receipts:
         counts.update(dict(receipt.non_finite))
@@ -261,4 +226,3 @@ def merge(job: Job, engine: Engine, pool: Pool, measured: Measured) -> list[Merg
                 for name, count in counts.items()
             ],
         )
-    return receipts

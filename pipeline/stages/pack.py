@@ -5,27 +5,28 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import shutil
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.numpy import save_file
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
 
-from pipeline.engine import Engine
 from pipeline.job import Job
 from pipeline.kernels.forms import members
+from pipeline.ledger import Item, Ledger, Work, block_key
 from pipeline.roles import is_vocabulary
 from pipeline.rows import RowTable
-from pipeline.stages.cluster import table_path
-from pipeline.stages.merge import Pool
+from pipeline.stages.pool import Sheet, Target
 from storage.atomic import canonical_json
 from storage.checkpoint import CONFIG
-from storage.digests import sha256_file
-from storage.layout import DTYPES, POOL_INDEX, ROWS_FILE
+from storage.layout import POOL_INDEX, ROWS_FILE
 from storage.manifest import FileRecord, Span, TensorRecord
-from storage.safetensors_file import weight_index
+from storage.parts import fetched, part_key, part_ranges
+from storage.safetensors_file import header, weight_index
+from storage.stores import Store
 
 READ_BYTES = 1 << 24
 DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -34,40 +35,105 @@ DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 @dataclass(frozen=True)
 class PackTask:
-    """One pool file, with the byte ranges of its spans in the order of the file; without any, the file as a whole."""
+    """One file under way."""
 
-    path: Path
-    spans: tuple[tuple[str, int, int], ...]
-    """(tensor, first byte, bytes)"""
-
-
-def digest_file(task: PackTask) -> list[tuple[str, str]]:
-    """sha256 of each span: [(tensor, sha256)]; without spans, of the whole file: [("", sha256)]."""
-    if not task.spans:
-        return [("", sha256_file(task.path))]
-    spans = []
-    with task.path.open("rb") as file:
-        for tensor, start, size in task.spans:
-            file.seek(start)
-            span = hashlib.sha256()
-            left = size
-            while left:
-                data = file.read(min(left, READ_BYTES))
-                if not data:
-                    raise EOFError(f"{task.path} ends inside tensor {tensor}")
-                span.update(data)
-                left -= len(data)
-            spans.append((tensor, span.hexdigest()))
-    return spans
+    staged: Store
+    sheet: Sheet
+    tables: Store | None
+    """Where the row tables of its tensors lie; None where a tensor's rows are the channels themselves, in one span."""
 
 
-def _pack_task(job: Job, pool: Pool, name: str, tables: Mapping[str, RowTable]) -> PackTask:
-    spans = []
-    for slot in sorted(pool.files[name], key=lambda slot: pool.offsets[slot.name][1]):
-        row_bytes = slot.shape[1] * DTYPES[slot.dtype].size
-        for _, start, stop in tables[slot.name].spans():
-            spans.append((slot.name, pool.offsets[slot.name][1] + start * row_bytes, (stop - start) * row_bytes))
-    return PackTask(job.staged / name, tuple(spans))
+@dataclass(frozen=True)
+class PackReceipt:
+    """A finished file."""
+
+    name: str
+    bytes: int
+    sha256: str
+    spans: list[tuple[str, str]]
+    """(tensor, sha256 of the span) in the order of the file."""
+
+
+class _Digests:
+    """sha256 of a stream and of its segments."""
+
+    def __init__(self, segments: Iterable[tuple[str, int]]) -> None:
+        self.whole = hashlib.sha256()
+        self.found: list[tuple[str, str]] = []
+        self._segments = iter(segments)
+        self._next()
+
+    def _next(self) -> None:
+        self._name, self._left = next(self._segments, ("", -1))
+        self._segment = hashlib.sha256()
+
+    def update(self, data: bytes) -> None:
+        self.whole.update(data)
+        view = memoryview(data)
+        while view and self._left >= 0:
+            self._segment.update(view[: self._left])
+            taken = min(self._left, len(view))
+            view, self._left = view[taken:], self._left - taken
+            if not self._left:
+                self.found.append((self._name, self._segment.hexdigest()))
+                self._next()
+
+
+def _channels(task: PackTask, target: Target) -> NDArray[np.int32]:
+    """The channel of every row of a tensor."""
+    if task.tables is None:
+        return np.arange(target.slot.shape[0], dtype=np.int32)
+    return RowTable.load(task.tables, target.slot.name).channel
+
+
+def _pieces(task: PackTask) -> Iterator[bytes]:
+    """The bytes of the file: as it lies on the disk, or from its parts."""
+    path = next((target.path for target in task.sheet.targets.values()), None)
+    if path is not None:
+        with path.open("rb", buffering=0) as file:
+            yield from iter(lambda: file.read(READ_BYTES), b"")
+        return
+    yield header(task.sheet.slots)[0]
+    for target in task.sheet.targets.values():
+        starts, size = target.part_starts, target.row_bytes
+        keys = [part_key(target.file, target.slot.name, int(start)) for start in starts]
+        ranges = part_ranges(_channels(task, target), starts)
+        yield from fetched(target.parts, [(keys[part], first * size, (first + rows) * size) for part, first, rows in ranges])
+
+
+def _segments(task: PackTask) -> Iterator[tuple[str, int]]:
+    """(tensor, bytes) of every span in the order of the file, after its header."""
+    yield "", len(header(task.sheet.slots)[0])
+    for name, target in task.sheet.targets.items():
+        spans = [(0, 0, target.slot.shape[0])] if task.tables is None else RowTable.load(task.tables, name).spans()
+        for _, start, stop in spans:
+            yield name, (stop - start) * target.row_bytes
+
+
+def pack_file(task: PackTask) -> PackReceipt:
+    """Digest a file and its spans and, where it does not lie there yet, put it into the staged folder."""
+    digests = _Digests(_segments(task))
+
+    def digested() -> Iterator[bytes]:
+        for piece in _pieces(task):
+            digests.update(piece)
+            yield piece
+
+    if task.staged.is_local:
+        deque(digested(), maxlen=0)
+    else:
+        task.staged.upload(task.sheet.name, digested(), size=task.sheet.size)
+    spans = [(name, digest) for name, digest in digests.found if name]
+    return PackReceipt(task.sheet.name, task.sheet.size, digests.whole.hexdigest(), spans)
+
+
+WORK: Work[PackTask, PackReceipt] = Work("pack", pack_file, priority=4)
+
+
+def pack_item(job: Job, sheet: Sheet, tables: Store | None) -> Item[PackTask, PackReceipt]:
+    """The task of packing a file."""
+    ledger = Ledger(job.work.under("receipts/pack"), PackReceipt)
+    return Item(PackTask(job.staged, sheet, tables), sheet.name, block_key(sheet.name, sheet.size), ledger)
 
 
 def _tensor_record(job: Job, name: str, table: RowTable, digests: list[str]) -> TensorRecord:
@@ -90,19 +156,17 @@ def _tensor_record(job: Job, name: str, table: RowTable, digests: list[str]) -> 
 def _write_experts(job: Job, tables: Mapping[str, RowTable]) -> None:
     """Per expert its row indices, its configuration and its tokenizer."""
     for position, (name, source) in enumerate(job.experts.items()):
-        folder = job.staged / "experts" / name
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = job.staged.under(f"experts/{name}")
         held = {t.name: t.experts[name] for t in job.plan.tensors.values() if name in t.experts}
-        save_file({t: tables[t].indices(position, info.rows) for t, info in held.items()}, folder / ROWS_FILE)
+        folder.put(ROWS_FILE, save({t: tables[t].indices(position, info.rows) for t, info in held.items()}))
         for side, path in source.side.items():
-            shutil.copyfile(path, folder / side)
-        if CONFIG in source.side:
-            _fit_config(folder / CONFIG, job, name)
+            folder.put(side, _fitted(path, job, name) if side == CONFIG else path.read_bytes())
 
 
-def _fit_config(path: Path, job: Job, expert: str) -> None:
-    """Make a configuration say what the export is: its type, its tokens, not quantised. What says so already stays as it is."""
-    fields = json.loads(path.read_bytes())
+def _fitted(path: Path, job: Job, expert: str) -> bytes:
+    """A configuration that says what the export is: type, tokens, not quantised. What says so already stays as it is."""
+    content = path.read_bytes()
+    fields = json.loads(content)
     before = copy.deepcopy(fields)
     held = [tensor for tensor in job.plan.tensors.values() if expert in tensor.experts]
     main = _main_dtype({t.name: (t.dtype, t.experts[expert].rows * t.width) for t in held})
@@ -118,8 +182,7 @@ def _fit_config(path: Path, job: Job, expert: str) -> None:
         section = fields["text_config"] if "vocab_size" in (fields.get("text_config") or {}) else fields
         if len(grown) == 1:
             section["vocab_size"] = grown.pop()
-    if fields != before:
-        path.write_bytes(canonical_json(fields))
+    return content if fields == before else canonical_json(fields)
 
 
 def _main_dtype(tensors: Mapping[str, tuple[str, int]]) -> str | None:
@@ -136,26 +199,22 @@ class Packed:
     """What the manifest needs to know of the packed files."""
 
     tensors: dict[str, TensorRecord]
-    pool_files: dict[str, FileRecord]
-    bytes_read: int
+    files: dict[str, FileRecord]
+    """Those that were packed: pool and residues."""
 
 
-def pack(job: Job, engine: Engine, pool: Pool) -> Packed:
-    """Complete the staged folder, but for router, card and manifest."""
-    tables = {name: RowTable.load(table_path(job.work / "tables", name)) for name in job.plan.tensors}
-    # a file and its spans are two tasks: hashing is what takes the time, and goes on on two cores
-    tasks = [PackTask(job.staged / name, ()) for name in pool.files]
-    tasks += [_pack_task(job, pool, name, tables) for name in pool.files]
-    receipts = engine.run("pack", digest_file, tasks, [*pool.files, *(f"spans of {name}" for name in pool.files)])
+def finish(job: Job, pool: Sequence[tuple[Sheet, PackReceipt]], residues: Sequence[PackReceipt], tables: Store) -> Packed:
+    """Complete the staged folder, but for router, card and manifest, when all files of the pool are packed."""
+    found = {name: RowTable.load(tables, name) for name in job.plan.tensors}
     digests: dict[str, list[str]] = {}
-    for spans in receipts[len(pool.files) :]:
-        for tensor, digest in spans:
+    for _, receipt in pool:
+        for tensor, digest in receipt.spans:
             digests.setdefault(tensor, []).append(digest)
-    _write_experts(job, tables)
-    (job.staged / POOL_INDEX).write_bytes(canonical_json(weight_index(pool.files)))
-    sizes = {name: (job.staged / name).stat().st_size for name in pool.files}
+    _write_experts(job, found)
+    index = weight_index({sheet.name: sheet.slots for sheet, _ in pool})
+    job.staged.put(POOL_INDEX, canonical_json(index))
+    receipts = [*(receipt for _, receipt in pool), *residues]
     return Packed(
-        {name: _tensor_record(job, name, tables[name], digests[name]) for name in job.plan.tensors},
-        {name: FileRecord(bytes=sizes[name], sha256=receipts[i][0][1]) for i, name in enumerate(pool.files)},
-        2 * sum(sizes.values()),
+        {name: _tensor_record(job, name, found[name], digests[name]) for name in job.plan.tensors},
+        {receipt.name: FileRecord(bytes=receipt.bytes, sha256=receipt.sha256) for receipt in receipts},
     )

@@ -3,42 +3,40 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from typing import Any
 
 import jinja2
 
-from pipeline.job import Job, package_versions
+from pipeline.job import STAGED, Job, package_versions
 from pipeline.kernels.methods.byom import kept_per_row
-from pipeline.stages.cluster import Grouping
-from pipeline.stages.merge import MergeReceipt
 from pipeline.stages.pack import Packed
-from pipeline.stages.similarity import Measured
-from storage.artifact import publish as publish_folder
-from storage.digests import sha256_file
+from pipeline.stages.waves import Waves
 from storage.layout import ARTIFACT_FORMAT, CARD
-from storage.manifest import ExpertRecord, FileRecord, Health, Manifest, ParameterCounts, version_of
+from storage.manifest import ExpertRecord, FileRecord, Manifest, ParameterCounts, version_of
+from storage.publishing import publish as publish_staged
+from storage.publishing import staged_files
 
 
-def _expert_records(
-    job: Job, health: Mapping[str, Health], grouping: Grouping, measured: Measured, receipts: Sequence[MergeReceipt]
-) -> dict[str, ExpertRecord]:
+def _expert_records(waves: Waves) -> dict[str, ExpertRecord]:
+    job, norms = waves.job, waves.grouping.delta_squares
     records = {}
     for position, (name, source) in enumerate(job.experts.items()):
-        error = sum(receipt.error_squares[position] for receipt in receipts)
-        norm = grouping.delta_squares[position]
+        error = sum(receipt.error_squares[position] for receipt in waves.merged)
+        norm = norms[position]
         records[name] = ExpertRecord(
             source=job.recipe.experts[name].source,
             id=source.id,
             weight=job.recipe.experts[name].weight,
             files=dict(source.files),
             renamed=dict(job.plan.renamed[name]),
-            health=health[name],
+            health=waves.health[name],
             tied=dict(job.plan.ties[name]),
             parameters=source.parameters,
             reconstruction_error=(error / norm) ** 0.5 if norm else None,
-            trimmed_to=measured.kept.get(name),
+            trimmed_to=waves.measured.kept.get(name),
         )
     return records
 
@@ -58,26 +56,18 @@ def _card(manifest: Manifest, unchanged: Mapping[str, int]) -> str:
 
 
 def _file_record(job: Job, name: str) -> FileRecord:
-    path = job.staged / name
-    return FileRecord(bytes=path.stat().st_size, sha256=sha256_file(path))
+    content = job.staged.get(name)
+    return FileRecord(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
-def publish(
-    job: Job,
-    health: Mapping[str, Health],
-    health_notes: Sequence[str],
-    grouping: Grouping,
-    measured: Measured,
-    packed: Packed,
-    receipts: Sequence[MergeReceipt],
-    router: dict[str, Any] | None,
-    seconds: Mapping[str, float],
-    moved: Mapping[str, int],
-) -> tuple[Manifest, bool]:
+def publish(waves: Waves, router: dict[str, Any] | None, waiting: Callable[[], None]) -> tuple[Manifest, bool]:
     """Write card and manifest and publish. Returns the manifest and whether the version is new."""
+    job, packed = waves.job, waves.packed
+    if packed is None:
+        raise AssertionError("nothing is packed")
     job.check_sources()
-    others = {p.relative_to(job.staged).as_posix() for p in job.staged.rglob("*") if p.is_file()} - packed.pool_files.keys()
-    records = {**packed.pool_files, **{name: _file_record(job, name) for name in others}}
+    others = staged_files(job.output, f"{job.place_of_work}/{STAGED}").keys() - packed.files.keys() - {CARD}
+    records = {**packed.files, **{name: _file_record(job, name) for name in sorted(others)}}
     manifest = Manifest(
         format=ARTIFACT_FORMAT,
         name=job.recipe.name,
@@ -86,7 +76,7 @@ def publish(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         recipe=job.recipe.model_dump(mode="json"),
         base={"source": job.recipe.base, "id": job.base.id, "files": dict(job.base.files)},
-        experts=_expert_records(job, health, grouping, measured, receipts),
+        experts=_expert_records(waves),
         tensors=packed.tensors,
         files=records,
         parameters=_parameters(job, packed),
@@ -94,13 +84,13 @@ def publish(
         seed=job.recipe.merge.seed,
         kernel=job.recipe.cluster.kernel,
         packages=package_versions(),
-        seconds=dict(seconds),
-        moved=dict(moved),
-        notes=(*job.plan.notes, *health_notes, *grouping.notes),
+        seconds=waves.seconds,
+        moved=waves.moved,
+        notes=(*job.plan.notes, *waves.health_notes, *waves.grouping.notes),
     )
     policies: dict[str, int] = {}
     for tensor in packed.tensors.values():
         policies[tensor.policy] = policies.get(tensor.policy, 0) + 1
-    (job.staged / CARD).write_text(_card(manifest, policies), "utf-8")
+    job.staged.put(CARD, _card(manifest, policies).encode())
     manifest = manifest.model_copy(update={"files": {**records, CARD: _file_record(job, CARD)}})
-    return manifest, publish_folder(job.staged, job.output, manifest)
+    return manifest, publish_staged(job.output, f"{job.place_of_work}/{STAGED}", manifest, waiting)

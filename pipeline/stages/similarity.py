@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
 from pipeline import memory
@@ -26,14 +27,16 @@ from pipeline.kernels.fused import sizes as fused_sizes
 from pipeline.kernels.fused import tables as fused_tables
 from pipeline.kernels.fused.floats import tagged
 from pipeline.kernels.masks import keep_mask, limit_of, mask_key
+from pipeline.ledger import Item, Ledger, Work, block_key
 from pipeline.plan import Block, TensorPlan
 from pipeline.recipe import AUTO
 from pipeline.stages import trimming
-from pipeline.stages.ingest import StageResult
+from pipeline.stages.intake import StageResult
 from pipeline.stages.slices import FUSED, Slice, bytes_of, chunks, device_of
-from storage.arrays import ArrayGroup, ArraySpec, ChunkDigests
-from storage.deltas import expert_group, table_array, table_group
+from storage.arrays import ArrayGroup, ChunkDigests
+from storage.deltas import expert_group, table_array, table_group, table_spec
 from storage.layout import DELTA_FORMAT
+from storage.stores import Store, open_store
 
 if TYPE_CHECKING:  # the fused path does without, and importing it takes a second
     import torch
@@ -54,16 +57,16 @@ class Wanted:
 class SimilarityTask:
     """Pieces of merged tensors."""
 
-    table: Path
+    table: ArrayGroup
     block: Block
     tensors: Mapping[str, TensorPlan]
     wanted: Mapping[str, Wanted]
     experts: tuple[str, ...]
-    groups: tuple[Path, ...]
+    groups: tuple[ArrayGroup, ...]
     """Delta groups in order of the experts' names."""
     order: tuple[int, ...]
     """The experts' positions in the order of the tables."""
-    counts: Path
+    counts: Store
     seed: int
     density: float
     memory: int
@@ -76,7 +79,7 @@ class SimilarityReceipt:
     """What a similarity task wrote and saw."""
 
     chunks: ChunkDigests
-    masses: list[tuple[str, NDArray[np.float64]]]
+    masses: list[tuple[str, list[list[tuple[float, float]]]]]
     """Per tensor and chunk (experts, 2, 2): sums of |delta| and |masked delta|, each in two parts that are exact together."""
     bytes_read: int
 
@@ -157,17 +160,16 @@ class _Pass:
 
 def similarity_block(task: SimilarityTask) -> SimilarityReceipt:
     """Find out what is wanted of a block's rows."""
-    store, groups = ArrayGroup(task.table), [ArrayGroup(path) for path in task.groups]
     work = _Pass(task)
     digests: ChunkDigests = {}
-    masses: list[tuple[str, NDArray[np.float64]]] = []
+    masses: list[tuple[str, list[list[tuple[float, float]]]]] = []
     read, count = 0, len(task.experts)
     for piece in task.block.pieces:
         tensor, wanted = task.tensors[piece.tensor], task.wanted[piece.tensor]
         if tensor.base is None:
             raise AssertionError(f"{tensor.name}: a merged tensor has a base")
         fused = task.kernel == FUSED
-        for chunk in chunks(piece, tensor.base.chunk_rows, tensor, task.experts, groups):
+        for chunk in chunks(piece, tensor.base.chunk_rows, tensor, task.experts, task.groups):
             read += bytes_of(chunk)
             found = {kind: np.empty((len(chunk), count, 1 if kind == "sums" else count)) for kind in wanted.tables}
             counts = {n: np.zeros(sizes.LOW, np.int64) for n, high in enumerate(wanted.bins) if high >= 0}
@@ -182,13 +184,18 @@ def similarity_block(task: SimilarityTask) -> SimilarityReceipt:
                     counts[n] += work.low_counts(part, deltas, n, wanted.bins[n])
                 for n in range(len(weighed)):
                     weighed[n, start : start + step] = work.masses(part, deltas, n)
-            for kind, out in found.items():
-                digests.update(store.write(table_array(kind, tensor.name), chunk.first, out))
+            specs = {kind: table_spec(tensor.base, count, kind) for kind in found}
+            rows = {table_array(kind, tensor.name): (specs[kind], chunk.first, out) for kind, out in found.items()}
+            digests.update(task.table.write(rows))
             if counts:
                 trimming.write_counts(task.counts, tensor.name, chunk.first, counts)
             if wanted.masses:
-                masses.append((tensor.name, np.array([[_exact_sum(rows[:, side]) for side in (0, 1)] for rows in weighed])))
+                masses.append((tensor.name, [[_exact_sum(rows[:, side]) for side in (0, 1)] for rows in weighed]))
     return SimilarityReceipt(digests, masses, read)
+
+
+WORK: Work[SimilarityTask, SimilarityReceipt] = Work("similarity", similarity_block, priority=1)
+_Item = Item[SimilarityTask, SimilarityReceipt]
 
 
 def _exact_sum(values: NDArray[np.float64]) -> tuple[float, float]:
@@ -197,34 +204,14 @@ def _exact_sum(values: NDArray[np.float64]) -> tuple[float, float]:
     return total, math.fsum([*values.tolist(), -total])
 
 
-def _is_current(store: ArrayGroup) -> bool:
-    return store.complete and store.record.get("format") == DELTA_FORMAT
-
-
-def _missing_tables(job: Job, store: ArrayGroup) -> dict[str, tuple[str, ...]]:
+def _missing_tables(job: Job, known: set[str], tensors: Sequence[TensorPlan]) -> dict[str, tuple[str, ...]]:
     """Per tensor the tables that are not there whole."""
-    known = set(store.record["arrays"]) if _is_current(store) else set()
-    damaged = {key.rpartition("/")[0] for key in store.missing_chunks()} if _is_current(store) else set()
     wanted = {}
-    for tensor in job.plan.clustered:
-        tables = [kind for kind in _tables_for(job, tensor) if table_array(kind, tensor.name) not in known - damaged]
+    for tensor in tensors:
+        tables = tuple(kind for kind in _tables_for(job, tensor) if table_array(kind, tensor.name) not in known)
         if tables:
-            wanted[tensor.name] = tuple(tables)
+            wanted[tensor.name] = tables
     return wanted
-
-
-def _create_tables(job: Job, store: ArrayGroup, missing: Mapping[str, Sequence[str]], ids: list[str]) -> None:
-    specs = {}
-    for name, kinds in missing.items():
-        base = job.plan.tensors[name].base
-        if base is not None:
-            for kind in kinds:
-                shape = (base.rows, len(ids), 1 if kind == "sums" else len(ids))
-                specs[table_array(kind, name)] = ArraySpec(shape, "float64", base.chunk_rows, {})
-    if _is_current(store):  # another run may be reading it: its tensors stay as they are
-        store.add(specs)
-    else:
-        store.create(specs, {"experts": ids})
 
 
 def _scales(job: Job, receipts: Sequence[SimilarityReceipt]) -> dict[str, tuple[float, ...]]:
@@ -232,7 +219,7 @@ def _scales(job: Job, receipts: Sequence[SimilarityReceipt]) -> dict[str, tuple[
     sums: dict[str, list[NDArray[np.float64]]] = {}
     for receipt in receipts:
         for tensor, found in receipt.masses:
-            sums.setdefault(tensor, []).append(found)
+            sums.setdefault(tensor, []).append(np.array(found))
     scales = {}
     for tensor, parts in sums.items():
         whole, kept = (
@@ -243,64 +230,110 @@ def _scales(job: Job, receipts: Sequence[SimilarityReceipt]) -> dict[str, tuple[
     return scales
 
 
-def _tasks(
-    job: Job, engine: Engine, store: ArrayGroup, missing: Mapping[str, tuple[str, ...]], bins: Mapping[str, tuple[int, ...]]
-) -> list[SimilarityTask]:
-    merge, order = job.recipe.merge, table_order(job)
-    weigh = merge.method in ("dare", "dare_ties") and merge.rescale == "l1" and merge.density < 1
-    wanted = {
-        tensor.name: Wanted(missing.get(tensor.name, ()), bins.get(tensor.name, ()), weigh and tensor.is_combined)
-        for tensor in job.plan.merged
-    }
-    wanted = {name: found for name, found in wanted.items() if found.tables or found.bins or found.masses}
-    bases = [base for name in wanted if (base := job.plan.tensors[name].base) is not None]
-    groups = tuple(expert_group(job.deltas, job.base.id, source.id).path for source in job.experts.values())
-    positions = tuple(job.plan.experts.index(name) for name in order)
-    tasks = []
-    for block in job.plan.blocks(bases):
-        names = {piece.tensor for piece in block.pieces}
-        tasks.append(
-            SimilarityTask(
-                store.path, block, {name: job.plan.tensors[name] for name in names}, {name: wanted[name] for name in names},
-                job.plan.experts, groups, positions, job.work / "counts", merge.seed, merge.density, job.plan.memory,
-                job.recipe.cluster.kernel, engine.threads,
-            )
-        )  # fmt: skip
-    return tasks
+class Similarity:
+    """The pass over the deltas, wave by wave. A context: on a local disk no other run writes these tables meanwhile."""
 
+    def __init__(self, job: Job, engine: Engine) -> None:
+        self.job = job
+        self.engine = engine
+        self.ids = [job.experts[name].id for name in table_order(job)]
+        self.store = table_group(job.deltas, job.base.id, self.ids)
+        self.chunks: ChunkDigests = {}
+        self.known: set[str] = set()
+        """Tables that are there whole, by array."""
+        self.receipts: list[SimilarityReceipt] = []
+        self.fresh: list[SimilarityReceipt] = []
+        trims = {name: trimming.known_trims(job, name) for name in job.plan.experts} if trimming.is_trimmed(job) else {}
+        self.trims = {name: [found] for name, found in trims.items() if found is not None}
+        self.unknown = [name for name, found in trims.items() if found is None]
+        self._locks = ExitStack()
+        self._wanted: set[str] = set()
 
-def similarity(job: Job, engine: Engine) -> tuple[StageResult, Measured]:
-    """Bring the tables of these experts into the store, unless they are there, and measure what the method asks for."""
-    ids = [job.experts[name].id for name in table_order(job)]
-    store = table_group(job.deltas, job.base.id, ids)
-    store.path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(store.path.with_name(f".{store.path.name}.lock")):
-        missing = _missing_tables(job, store)
-        trimmed = trimming.is_trimmed(job)
-        unknown = [name for name in job.plan.experts if trimmed and trimming.known_trims(job, name) is None]
-        searches = {name: trimming.searches(job, name) for name in unknown}
-        tasks = _tasks(job, engine, store, missing, trimming.bins(job, searches))
-        known: dict[str, Any] = store.record if _is_current(store) else {"chunks": {}, "arrays": []}
-        if missing:
-            _create_tables(job, store, missing, ids)
-        receipts = engine.run("similarity", similarity_block, tasks, [task.block.label for task in tasks]) if tasks else []
-        found = {key: value for receipt in receipts for key, value in receipt.chunks.items()}
-        if missing:
-            arrays = sorted({*known["arrays"], *(table_array(kind, name) for name in missing for kind in missing[name])})
-            record = {"format": DELTA_FORMAT, "experts": ids, "arrays": arrays}
-            store.finish({**known["chunks"], **found}, record)
-        trimming.settle(job, searches, job.work / "counts")
-    result = StageResult(sum(r.bytes_read for r in receipts), sum(size for size, _ in found.values()))
-    return result, _measured(job, _scales(job, receipts))
+    def __enter__(self) -> Self:
+        folder, _, name = self.store.place.rpartition("/")
+        try:
+            if self.store.store.is_local:
+                note = partial(self.engine.reporter.note, "waiting for another run that compares the same experts")
+                self._locks.enter_context(open_store(folder).lock(name, note))
+            record = self.store.record()
+            if record is not None and record.get("format") != DELTA_FORMAT:
+                self.store.store.clear("")
+            elif record is not None:
+                self.chunks = record["chunks"]
+                damaged = {key.rpartition("/")[0] for key in self.store.missing(self.chunks)}
+                self.known = set(record["arrays"]) - damaged
+        except BaseException:
+            self._locks.close()
+            raise
+        return self
 
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._locks.close()
 
-def _measured(job: Job, scales: Mapping[str, tuple[float, ...]]) -> Measured:
-    if not trimming.is_trimmed(job):
-        return Measured({}, scales, {})
-    trims = [trimming.known_trims(job, name) for name in job.plan.experts]
-    present = [found for found in trims if found is not None]
-    thresholds = {
-        tensor.name: tuple(trimming.threshold_of(found, tensor.name) for found in present) for tensor in job.plan.combined
-    }
-    kept = {name: found.kept / found.entries for name, found in zip(job.plan.experts, present, strict=True)}
-    return Measured(thresholds, scales, kept)
+    def _items(self, tensors: Sequence[TensorPlan], bins: Mapping[str, tuple[int, ...]]) -> list[_Item]:
+        job, merge = self.job, self.job.recipe.merge
+        missing = _missing_tables(job, self.known, tensors)
+        weigh = merge.method in ("dare", "dare_ties") and merge.rescale == "l1" and merge.density < 1
+        wanted = {
+            tensor.name: Wanted(missing.get(tensor.name, ()), bins.get(tensor.name, ()), weigh and tensor.is_combined)
+            for tensor in tensors
+            if tensor.policy == "merge"
+        }
+        wanted = {name: found for name, found in wanted.items() if found.tables or found.bins or found.masses}
+        self._wanted |= {table_array(kind, name) for name, found in wanted.items() for kind in found.tables}
+        bases = [base for name in wanted if (base := job.plan.tensors[name].base) is not None]
+        groups = tuple(expert_group(job.deltas, job.base.id, source.id) for source in job.experts.values())
+        positions = tuple(job.plan.experts.index(name) for name in table_order(job))
+        ledger = Ledger(job.work.under("receipts/similarity"), SimilarityReceipt)
+        items = []
+        for block in job.plan.blocks(bases) if bases else ():
+            names = {piece.tensor for piece in block.pieces}
+            asked = {name: wanted[name] for name in sorted(names)}
+            task = SimilarityTask(
+                self.store, block, {name: job.plan.tensors[name] for name in names}, asked, job.plan.experts, groups, positions,
+                job.work.under("counts"), merge.seed, merge.density, job.plan.memory, job.recipe.cluster.kernel,
+                self.engine.threads,
+            )  # fmt: skip
+            covered = [[[p.tensor, p.start, p.stop] for p in block.pieces], {name: asdict(one) for name, one in asked.items()}]
+            items.append(Item(task, block.label, block_key(covered), ledger))
+        return items
+
+    def wave(self, tensors: Sequence[TensorPlan]) -> None:
+        """Measure these tensors; what earlier runs have measured is not measured again."""
+        searches = {name: trimming.searches(self.job, name, tensors) for name in self.unknown}
+        items = self._items(tensors, trimming.bins(self.job, searches, tensors))
+        sizes = self.store.store.sizes() if items else {}
+        receipts, fresh = WORK.resume(
+            self.engine, items, lambda receipt: all(sizes.get(key) == size for key, (size, _) in receipt.chunks.items())
+        )
+        self.receipts += receipts
+        self.fresh += fresh
+        for receipt in receipts:
+            self.chunks.update(receipt.chunks)
+        for name, found in searches.items():
+            trims = trimming.settled(self.job, name, found, tensors, self.job.work.under("counts"))
+            self.trims.setdefault(name, []).append(trims)
+
+    def measured(self) -> Measured:
+        """What is known of the tensors of all waves so far."""
+        scales = _scales(self.job, self.receipts)
+        if not trimming.is_trimmed(self.job):
+            return Measured({}, scales, {})
+        whole = {name: trimming.together(self.trims[name]) for name in self.job.plan.experts}
+        thresholds = {
+            tensor.name: tuple(trimming.threshold_of(found, tensor.name) for found in whole.values())
+            for tensor in self.job.plan.combined
+            if all(trimming.has(found, tensor.name) for found in whole.values())
+        }
+        return Measured(thresholds, scales, {name: found.kept / found.entries for name, found in whole.items()})
+
+    def finish(self) -> StageResult:
+        """Declare the tables complete, and keep the thresholds."""
+        if self._wanted:
+            arrays = sorted(self.known | self._wanted)
+            record = {"format": DELTA_FORMAT, "experts": self.ids, "arrays": arrays}
+            self.store.finish(self.chunks, arrays, {"experts": self.ids}, record)
+        for name in self.unknown:
+            trimming.keep(self.job, name, trimming.together(self.trims[name]))
+        written = sum(size for receipt in self.fresh for size, _ in receipt.chunks.values())
+        return StageResult(sum(receipt.bytes_read for receipt in self.fresh), written)

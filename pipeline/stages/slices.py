@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from pipeline.kernels.bits import cast, to_float
 from pipeline.kernels.lowrank import added
 from pipeline.plan import Piece, TensorPlan
-from storage.arrays import ArrayGroup
-from storage.deltas import restored
+from storage.arrays import ArrayGroup, each
+from storage.deltas import delta_spec, restored
 from storage.errors import ClusterError
 from storage.layout import DTYPES
 from storage.tensors import is_low_rank, padded_rows
@@ -102,18 +102,19 @@ def read_rows(tensor: TensorPlan, experts: Sequence[str], groups: Sequence[Array
     base, _ = padded_rows(tensor.base, start, stop, tensor.reference)
     shape = (stop - start, tensor.width)
     stack = np.empty((len(experts), *shape), DTYPES[tensor.dtype].difference) if in_one_type(tensor) else None
-    stored: list[NDArray[Any] | None] = []
-    for n, (name, group) in enumerate(zip(experts, groups, strict=True)):
-        info = tensor.experts.get(name)
+
+    def one(n: int) -> NDArray[Any] | None:
+        info = tensor.experts.get(experts[n])
         held = min(stop, info.rows) - start if info else 0
         if info is None or held <= 0:
-            stored.append(None)
-            continue
+            return None
         kind = np.dtype(np.float32) if is_low_rank(info) else DTYPES[info.dtype].difference
         part = np.empty(shape, kind) if stack is None else stack[n]
-        part[:held] = group.read(tensor.name, start, start + held)
+        part[:held] = groups[n].read(tensor.name, delta_spec(info), start, start + held)
         part[held:] = 0
-        stored.append(part)
+        return part
+
+    stored = each(one, list(range(len(experts))), at_once=not all(group.store.is_local for group in groups))
     return Slice(tensor, start, base, stored, stack, 0)
 
 
@@ -122,6 +123,10 @@ def chunks(
 ) -> Iterator[Slice]:
     """The piece, ``step`` rows at a time: a chunk of the delta store is what a task holds."""
     for start in range(piece.start, piece.stop, step):
+        if start + step < piece.stop:
+            for name, group in zip(experts, groups, strict=True):
+                if name in tensor.experts:
+                    group.ahead(tensor.name, delta_spec(tensor.experts[name]), start + step, start + 2 * step)
         yield read_rows(tensor, experts, groups, start, min(start + step, piece.stop))
 
 

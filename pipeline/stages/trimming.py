@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,11 @@ from pipeline.job import Job
 from pipeline.kernels.sizes import LOW, bin_of, threshold
 from pipeline.plan import TensorPlan
 from storage.arrays import ArrayGroup
-from storage.atomic import canonical_json, write_atomically
-from storage.deltas import THRESHOLDS, expert_group, magnitudes_array
+from storage.atomic import canonical_json
+from storage.deltas import THRESHOLDS, expert_group, magnitudes_array, magnitudes_spec
 from storage.digests import digest_of
+from storage.parts import arrays_from_bytes, arrays_to_bytes
+from storage.stores import Store
 
 MODEL = ""
 """Under this name goes a threshold for all tensors: no tensor has it."""
@@ -56,44 +57,47 @@ def is_trimmed(job: Job) -> bool:
     return merge.method == "ties" and merge.trim_scope != "row" and merge.density < 1 and bool(job.plan.combined)
 
 
-def _path(job: Job, expert: str) -> Path:
+def _key(job: Job, expert: str) -> str:
     merge = job.recipe.merge
     tensors = sorted((tensor.name, tensor.base_rows) for tensor in job.plan.combined)
     key = digest_of([merge.trim_scope, merge.density, tensors])[:40]
-    return job.deltas / job.base.id / THRESHOLDS / job.experts[expert].id / f"{key}.json"
+    return f"{job.base.id}/{THRESHOLDS}/{job.experts[expert].id}/{key}.json"
 
 
 def known_trims(job: Job, expert: str) -> Trims | None:
     """The thresholds of an earlier run, if there are any."""
     try:
-        found = json.loads(_path(job, expert).read_bytes())
+        found = json.loads(job.deltas.get(_key(job, expert)))
+        if found["digest"] != digest_of({name: value for name, value in found.items() if name != "digest"}):
+            return None
         thresholds = {name: NONE if value is None else float(value) for name, value in found["thresholds"].items()}
         trims = Trims(thresholds, int(found["kept"]), int(found["entries"]))
-        return trims if thresholds.keys() == _scopes(job).keys() else None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):  # none, or damaged: it is made anew
+        return trims if thresholds.keys() == _scopes(job, job.plan.combined).keys() else None
+    except (FileNotFoundError, ValueError, KeyError, AttributeError, TypeError):  # none, or damaged: it is made anew
         return None
 
 
-def _scopes(job: Job) -> dict[str, list[TensorPlan]]:
+def _scopes(job: Job, tensors: Sequence[TensorPlan]) -> dict[str, list[TensorPlan]]:
     """The tensors over which entries are ranked together, by the name a threshold goes by."""
+    combined = [tensor for tensor in tensors if tensor.is_combined]
     if job.recipe.merge.trim_scope == "model":
-        return {MODEL: job.plan.combined}
-    return {tensor.name: [tensor] for tensor in job.plan.combined}
+        return {MODEL: combined}
+    return {tensor.name: [tensor] for tensor in combined}
 
 
 def _magnitudes(group: ArrayGroup, tensors: Sequence[TensorPlan], expert: str) -> NDArray[np.int64]:
     counts = np.zeros(1, np.int64)
     for tensor in tensors:
-        chunks = -(-tensor.experts[expert].rows // tensor.experts[expert].chunk_rows)
-        counts = counts + group.read(magnitudes_array(tensor.name), 0, chunks).sum(axis=0, dtype=np.int64)
+        spec = magnitudes_spec(tensor.experts[expert])
+        counts = counts + group.read(magnitudes_array(tensor.name), spec, 0, spec.shape[0]).sum(axis=0, dtype=np.int64)
     return counts
 
 
-def searches(job: Job, expert: str) -> dict[str, Search | float]:
-    """Per scope where its threshold lies, or the threshold where none is to be looked for."""
+def searches(job: Job, expert: str, among: Sequence[TensorPlan]) -> dict[str, Search | float]:
+    """Per scope among some tensors where its threshold lies, or the threshold where none is to be looked for."""
     group = expert_group(job.deltas, job.base.id, job.experts[expert].id)
     found: dict[str, Search | float] = {}
-    for scope, tensors in _scopes(job).items():
+    for scope, tensors in _scopes(job, among).items():
         entries = sum(tensor.base_rows * tensor.width for tensor in tensors)
         k = round(job.recipe.merge.density * entries)
         if k in (0, entries):
@@ -104,60 +108,76 @@ def searches(job: Job, expert: str) -> dict[str, Search | float]:
     return found
 
 
-def bins(job: Job, found: Mapping[str, Mapping[str, Search | float]]) -> dict[str, tuple[int, ...]]:
+def bins(
+    job: Job, found: Mapping[str, Mapping[str, Search | float]], tensors: Sequence[TensorPlan]
+) -> dict[str, tuple[int, ...]]:
     """Per tensor the high 16 bits looked for, by expert in order of name; -1 where there is nothing to look for."""
     wanted = {}
-    for tensor in job.plan.combined:
+    for tensor in tensors:
+        if not tensor.is_combined:
+            continue
         scope = MODEL if job.recipe.merge.trim_scope == "model" else tensor.name
         places = [found[name].get(scope) if name in found else None for name in job.plan.experts]
         wanted[tensor.name] = tuple(place.high if isinstance(place, Search) else -1 for place in places)
     return {name: highs for name, highs in wanted.items() if max(highs) >= 0}
 
 
-def write_counts(folder: Path, tensor: str, start: int, counts: Mapping[int, NDArray[np.int64]]) -> None:
+def write_counts(folder: Store, tensor: str, start: int, counts: Mapping[int, NDArray[np.int64]]) -> None:
     """Keep the low counts of one chunk, by position of the expert, where ``read_counts`` finds them."""
-    (folder / tensor).mkdir(parents=True, exist_ok=True)
     arrays: dict[str, NDArray[Any]] = {}
     for n, found in counts.items():
         places = np.flatnonzero(found)
         arrays |= {f"places{n}": places.astype(np.uint16), f"counts{n}": found[places]}
-    with (folder / tensor / f"{start}.npz").open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stubs take the arrays for its flag
+    folder.put(f"{tensor}/{start}.npz", arrays_to_bytes(arrays))
 
 
-def read_counts(folder: Path, tensors: Sequence[TensorPlan], n: int) -> NDArray[np.int64]:
+def read_counts(folder: Store, tensors: Sequence[TensorPlan], n: int) -> NDArray[np.int64]:
     """(LOW,) the low counts of an expert over these tensors."""
     total = np.zeros(LOW, np.int64)
     for tensor in tensors:
-        for path in sorted((folder / tensor.name).glob("*.npz")):
-            with np.load(path, allow_pickle=False) as stored:
-                if f"places{n}" in stored:
-                    total[stored[f"places{n}"]] += stored[f"counts{n}"]
+        for name in folder.children(tensor.name):
+            stored = arrays_from_bytes(folder.get(f"{tensor.name}/{name}"))
+            if f"places{n}" in stored:
+                total[stored[f"places{n}"]] += stored[f"counts{n}"]
     return total
 
 
-def settle(job: Job, found: Mapping[str, Mapping[str, Search | float]], folder: Path) -> None:
-    """Turn searches and counted low bits into thresholds, and keep them."""
-    for expert, places in found.items():
-        n = job.plan.experts.index(expert)
-        thresholds: dict[str, float] = {}
-        kept = total = 0
-        for scope, tensors in _scopes(job).items():
-            entries = sum(tensor.base_rows * tensor.width for tensor in tensors)
-            place = places[scope]
-            total += entries
-            if isinstance(place, Search):
-                counts = read_counts(folder, tensors, n)
-                low, left = bin_of(counts, place.left)
-                thresholds[scope] = float(threshold(place.high, low))
-                kept += place.above + place.left - left + int(counts[low])
-            else:
-                thresholds[scope] = place
-                kept += entries if place == ALL else 0
-        path = _path(job, expert)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        written = {name: None if value == NONE else value for name, value in thresholds.items()}  # JSON has no infinity
-        write_atomically(path, canonical_json({"thresholds": written, "kept": kept, "entries": total}))
+def settled(job: Job, expert: str, places: Mapping[str, Search | float], among: Sequence[TensorPlan], folder: Store) -> Trims:
+    """Turn an expert's searches among some tensors and the counted low bits into thresholds."""
+    n = job.plan.experts.index(expert)
+    thresholds: dict[str, float] = {}
+    kept = total = 0
+    for scope, tensors in _scopes(job, among).items():
+        entries = sum(tensor.base_rows * tensor.width for tensor in tensors)
+        place = places[scope]
+        total += entries
+        if isinstance(place, Search):
+            counts = read_counts(folder, tensors, n)
+            low, left = bin_of(counts, place.left)
+            thresholds[scope] = float(threshold(place.high, low))
+            kept += place.above + place.left - left + int(counts[low])
+        else:
+            thresholds[scope] = place
+            kept += entries if place == ALL else 0
+    return Trims(thresholds, kept, total)
+
+
+def together(parts: Sequence[Trims]) -> Trims:
+    """The thresholds of several scopes."""
+    thresholds = {name: value for part in parts for name, value in part.thresholds.items()}
+    return Trims(thresholds, sum(part.kept for part in parts), sum(part.entries for part in parts))
+
+
+def keep(job: Job, expert: str, trims: Trims) -> None:
+    """Keep an expert's thresholds for later runs."""
+    written = {name: None if value == NONE else value for name, value in trims.thresholds.items()}  # JSON has no infinity
+    record = {"thresholds": written, "kept": trims.kept, "entries": trims.entries}
+    job.deltas.put(_key(job, expert), canonical_json({**record, "digest": digest_of(record)}))
+
+
+def has(trims: Trims, tensor: str) -> bool:
+    """Whether a tensor's threshold is known."""
+    return tensor in trims.thresholds or MODEL in trims.thresholds
 
 
 def threshold_of(trims: Trims, tensor: str) -> float:

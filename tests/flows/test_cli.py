@@ -290,7 +290,7 @@ def make_folder(path: Path) -> Path:
 HEAVY = {"torch", "dask", "distributed", "sklearn", "transformers", "prefect", "dask_ml"}
 
 
-@pytest.mark.parametrize("verb", ["plan", "inspect", "verify", "export", "route"])
+@pytest.mark.parametrize("verb", ["plan", "inspect", "verify", "pull", "export", "route"])
 def test_light_verbs_import_no_heavy_packages(family: Family, tmp_path: Path, verb: str) -> None:
     recipe = family.recipe(router=router_of(family))
     assert command("run", recipe).returncode == 0
@@ -299,6 +299,7 @@ def test_light_verbs_import_no_heavy_packages(family: Family, tmp_path: Path, ve
         "plan": [str(recipe)],
         "inspect": [output],
         "verify": [output],
+        "pull": [output, str(tmp_path / "pulled"), "--expert", "math"],
         "export": [output, "math", str(tmp_path / "x")],
         "route": [output, "hello"],
     }[verb]

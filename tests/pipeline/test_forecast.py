@@ -14,7 +14,7 @@ from pipeline.plan import plan_blocks
 from pipeline.stages.ingest import IngestTask, ingest_block
 from storage import layout
 from storage.arrays import ArrayGroup
-from storage.deltas import create_expert_group
+from storage.local_store import LocalStore
 from storage.tensors import FileRows, LowRank, TensorInfo
 
 READ: list[int] = []
@@ -58,12 +58,11 @@ def test_ingest_reads_what_was_forecast(info: TensorInfo, budget: int, tmp_path:
     monkeypatch.setattr(layout, "CHUNK_ELEMENTS", 20 * 16)
     base = TensorInfo(info.name, "F32", info.shape, FileRows(_Zeros(), 0), 0)
     base = base if info.channel_axis == 0 else TensorInfo("base", "F32", (info.rows, info.width), FileRows(_Zeros(), 0), 0)
-    group = ArrayGroup(tmp_path / "group")
-    create_expert_group(group, {info.name: info}, "x")
+    group = ArrayGroup(LocalStore(tmp_path / "group"))
     READ.clear()
     blocks = plan_blocks([info], memory.block_elements(budget, 1))
     for block in blocks:
-        ingest_block(IngestTask(group.path, block, {info.name: (info, base)}))
+        ingest_block(IngestTask(group, block, {info.name: (info, base)}))
     assert sum(READ) == fetched_bytes([info], budget)
     if budget == 40_000 and info.name == "packed":
         assert len(blocks) == 1  # a piece is eight matrices at least

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from pipeline import memory
 from pipeline.job import plan_recipe
 from pipeline.recipe import load_recipe
 from pipeline.stages import labels
+from pipeline.stages.intake import Intake
 from storage import layout
 from storage.artifact import Artifact
-from storage.deltas import create_expert_group
 from storage.errors import CheckpointError
 from tests.support.reference import as_float64, ulps
 from tests.support.running import merged, rebuilt
@@ -154,6 +155,8 @@ def test_same_bytes_wherever_it_runs(family: Family, running: str, monkeypatch: 
     ]:
         fresh(family)
         monkeypatch.setattr(layout, "CHUNK_ELEMENTS", elements)
+        with Client(running) as client:
+            client.run(partial(setattr, layout, "CHUNK_ELEMENTS", elements))  # pickled by name: the workers' own module
         recipe = family.recipe(**merge, cluster=cluster)
         plan = plan_recipe(load_recipe(recipe))
         blocks[title] = len(plan.blocks(plan.tensors.values()))
@@ -346,13 +349,13 @@ def test_a_file_edited_during_a_run_stops_it(family: Family, monkeypatch: pytest
     """Rows of another content never go by the id of what was hashed."""
     path = family.folder / "math" / "model.safetensors"
     original = path.read_bytes()
-    real = create_expert_group
+    real = Intake.wave
 
-    def edit_first(*arguments: Any) -> None:
-        real(*arguments)
+    def edit_first(*arguments: Any) -> bool:
         path.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+        return real(*arguments)
 
-    monkeypatch.setattr("pipeline.stages.ingest.create_expert_group", edit_first)
+    monkeypatch.setattr(Intake, "wave", edit_first)
     with pytest.raises(CheckpointError, match=r"expert math: .*model.safetensors changed while the run read it. Run again"):
         merged(family.recipe(**{"merge.groups": 4}))
     monkeypatch.undo()

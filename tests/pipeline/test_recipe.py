@@ -65,7 +65,7 @@ def test_defaults_are_filled_and_paths_are_absolute(tmp_path: Path) -> None:
         ("cluster: {kind: local, address: 'tcp://x:1'}", "cluster: expected kind or address, got both"),
         ("router: {kind: linear}", "router.queries: no queries for expert 'a'"),
         ("router: {queries: {c: x}}", "router.queries.c: there is no expert of that name; experts: a, b"),
-        ("deltas: s3://bucket/x", "deltas: only local folders can be written to, got the scheme 's3'; give a folder"),
+        ("deltas: ftp://bucket/x", "deltas: it can be a folder or a URL of s3, gs or az, got the scheme 'ftp'; correct it"),
         ("merge: {method: byom}", "merge.groups: byom keeps entries beside one merged model: expected 1, got 2"),
         (
             "merge: {method: byom, groups: auto}",
@@ -139,7 +139,7 @@ def test_problems_name_key_and_remedy(tmp_path: Path, extra: str, message: str) 
             "experts.math.revision: only sources on the Hub have revisions",
         ),
         ("experts: {math: {source: a/b@c, revision: main}}", "experts.math.revision: a/b@c names a revision already; keep one"),
-        ("deltas: ''", "deltas: empty; give a folder"),
+        ("deltas: ''", "deltas: empty; correct it"),
         ("output: FILE://host/x", "output: a file URL of another host; expected file:///folder"),
         (
             "router: {queries: {b: 's3://b/x'}}",
@@ -154,6 +154,33 @@ def test_how_places_are_written(tmp_path: Path, extra: str, message: str) -> Non
         load_recipe(written(tmp_path, yaml.safe_dump(fields | {"merge": {"groups": 1}})))
     (problem,) = caught.value.problems
     assert message in problem
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ({"deltas": "s3://"}, "deltas: no bucket; expected s3://bucket/prefix"),
+        (
+            {"output": "gs://b/x?y=1"},
+            "output: a URL is a bucket and a prefix; credentials and options come from the environment",
+        ),
+        ({"deltas": "s3://b/x", "output": "S3://b/x/"}, "deltas: the delta store would be written into the output, s3://b/x;"),
+        ({"base": "s3://b/m", "output": "s3://b/m/out"}, "output: the output would be written into the prefix of base; choose"),
+        (
+            {"experts.a": "az://c/a", "deltas": "az://c/a"},
+            "deltas: the delta store would be written into the prefix of experts.a",
+        ),
+    ],
+)
+def test_urls_that_cannot_be_written_to_are_refused(tmp_path: Path, places: dict[str, str], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(written(tmp_path, MINIMAL), places)
+    assert message in str(caught.value)
+
+
+def test_urls_of_stores_are_kept_without_their_last_slash(tmp_path: Path) -> None:
+    recipe = load_recipe(written(tmp_path, MINIMAL), {"deltas": "S3://b/d/", "output": "abfss://c@h/x/y//"})
+    assert (recipe.deltas, recipe.output) == ("s3://b/d", "abfss://c@h/x/y")
 
 
 @pytest.mark.parametrize("key", ["base", "experts.a", "deltas", "output", "router.queries.a"])

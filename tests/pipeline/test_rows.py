@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.kernels.forms import members
 from pipeline.rows import Kind, RowTable, build_table, first_equal
+from storage.local_store import LocalStore
 
 COUNT = 4
 
@@ -67,8 +68,8 @@ def test_rows_are_shared_exactly_by_groups_and_equal_exact_rows(case: dict[str, 
 def test_spans_cover_the_table(tmp_path: Path) -> None:
     table = RowTable(np.array([1, 1, 2, 15], np.uint64), np.array([0, 4, 1, 2], np.int32), np.zeros(4, np.uint8))
     assert table.spans() == [(1, 0, 2), (2, 2, 3), (15, 3, 4)]
-    table.save(tmp_path / "t.npz")
-    again = RowTable.load(tmp_path / "t.npz")
+    table.save(LocalStore(tmp_path), "t")
+    again = RowTable.load(LocalStore(tmp_path), "t")
     assert again.spans() == table.spans()
     assert again.channel.tolist() == [0, 4, 1, 2]
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from pipeline.engine import ThreadEngine
 from pipeline.job import plan_recipe
 from pipeline.recipe import load_recipe
-from pipeline.stages import merge as merge_stage
+from pipeline.stages.intake import Intake
+from pipeline.stages.waves import Waves
 from storage.artifact import Artifact
-from storage.deltas import create_expert_group
 from storage.errors import CheckpointError, PlanError, QueryDataError
 from tests.pipeline.test_invariants import assert_same_bits, router_of
 from tests.support.reference import as_float64, ulps
@@ -99,40 +99,40 @@ def test_weights_and_queries_are_inputs(family: Family) -> None:
 
 @pytest.mark.parametrize("label", ["base", "math"])
 def test_a_source_edited_after_ingest_is_never_published(family: Family, monkeypatch: pytest.MonkeyPatch, label: str) -> None:
-    path, real = family.folder / label / "config.json", merge_stage.merge
+    path, real = family.folder / label / "config.json", Waves.merge
 
     def edit(*arguments: Any) -> Any:
         path.write_text(path.read_text() + " ")
         return real(*arguments)
 
-    monkeypatch.setattr(merge_stage, "merge", edit)
+    monkeypatch.setattr(Waves, "merge", edit)
     with pytest.raises(CheckpointError, match=f"{label}: .*config.json changed while the run read it"):
         merged(family.recipe())
     assert list((family.folder.parent / "output").glob("*/manifest.json")) == []
 
 
 def test_queries_edited_during_a_run_are_never_published(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, real = family.folder / "code.jsonl", merge_stage.merge
+    path, real = family.folder / "code.jsonl", Waves.merge
 
     def edit(*arguments: Any) -> Any:
         path.write_text(path.read_text() + '\n{"text": "meanwhile"}')
         return real(*arguments)
 
     recipe = family.recipe(router=router_of(family))
-    monkeypatch.setattr(merge_stage, "merge", edit)
+    monkeypatch.setattr(Waves, "merge", edit)
     with pytest.raises(QueryDataError, match=r"router.queries.code: the file changed while the run read it"):
         merged(recipe)
 
 
 def test_touching_a_file_without_changing_it_stops_nothing(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, real = family.folder / "math" / "config.json", merge_stage.merge
+    path, real = family.folder / "math" / "config.json", Waves.merge
 
     def touch(*arguments: Any) -> Any:
         path.chmod(0o600)
         os.utime(path)
         return real(*arguments)
 
-    monkeypatch.setattr(merge_stage, "merge", touch)
+    monkeypatch.setattr(Waves, "merge", touch)
     assert merged(family.recipe()).new
 
 
@@ -140,11 +140,13 @@ def test_a_base_edited_during_ingest_leaves_no_group(family: Family, monkeypatch
     path = family.folder / "base" / "model.safetensors"
     raw = path.read_bytes()
 
-    def edit(*arguments: Any) -> None:
-        create_expert_group(*arguments)
-        path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    real = Intake.wave
 
-    monkeypatch.setattr("pipeline.stages.ingest.create_expert_group", edit)
+    def edit(*arguments: Any) -> bool:
+        path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+        return real(*arguments)
+
+    monkeypatch.setattr(Intake, "wave", edit)
     with pytest.raises(CheckpointError, match=r"base: .*changed"):
         merged(family.recipe())
     assert list((family.folder.parent / "deltas").rglob("complete.json")) == []
@@ -162,15 +164,17 @@ def test_experts_before_a_failure_are_kept(family: Family, monkeypatch: pytest.M
     complete = [p.parent for p in (family.folder.parent / "deltas").rglob("complete.json")]
     assert len(complete) == 3
     path.write_bytes(original)
-    real, stages = ThreadEngine.run, []
+    real = ThreadEngine.run
+    ingested: list[str] = []
 
-    def recorded(self: ThreadEngine, stage: str, *arguments: Any) -> Any:
-        stages.append(stage)
-        return real(self, stage, *arguments)
+    def recorded(self: ThreadEngine, stage: str, function: Any, tasks: Any, labels: Any, priority: int = 0) -> Any:
+        if stage == "ingest":
+            ingested.extend(label.partition(" ")[0] for label in labels)
+        return real(self, stage, function, tasks, labels, priority)
 
     monkeypatch.setattr(ThreadEngine, "run", recorded)
     assert merged(family.recipe()).new
-    assert [stage for stage in stages if stage.startswith("ingest")] == ["ingest math"]
+    assert set(ingested) == {"math"}
 
 
 def test_a_base_that_is_no_number_is_refused(family: Family) -> None:
@@ -203,14 +207,16 @@ def test_a_table_that_lost_a_chunk_is_mended(family: Family) -> None:
     assert chunk.is_file()
 
 
-def test_chunks_are_listed_with_their_sha256(family: Family) -> None:
+def test_chunks_are_listed_with_size_and_checksum(family: Family) -> None:
     merged(family.recipe())
     records = list((family.folder.parent / "deltas").rglob("complete.json"))
     assert len(records) == 5
     for path in records:
-        for key, (size, digest) in json.loads(path.read_bytes())["chunks"].items():
+        listed = json.loads(path.read_bytes())["chunks"]
+        assert set(listed) == {p.relative_to(path.parent).as_posix() for p in path.parent.rglob("c.*")}
+        for key, (size, digest) in listed.items():
             raw = (path.parent / key).read_bytes()
-            assert (len(raw), hashlib.sha256(raw).hexdigest()) == (size, digest)
+            assert (len(raw), raw[-4:][::-1].hex()) == (size, digest)
 
 
 def test_rows_beyond_the_base_stay_exact_with_scaled_singletons(family: Family, tmp_path: Path) -> None:
@@ -221,12 +227,13 @@ def test_rows_beyond_the_base_stay_exact_with_scaled_singletons(family: Family, 
         assert torch.equal(rebuilt(outcome, expert, tmp_path)[name][20:], family.experts[expert][name][20:])
 
 
-def test_the_leftovers_of_killed_runs_are_cleared(family: Family) -> None:
+def test_nothing_is_left_of_a_finished_run_and_others_work_is_kept(family: Family) -> None:
     work = family.folder.parent / "output" / ".work"
-    (work / "abandoned" / "staged").mkdir(parents=True)
-    (work / "abandoned" / "staged" / "pool").write_bytes(b"x" * 1000)
-    merged(family.recipe())
-    assert [path.name for path in work.iterdir() if path.is_dir()] == []
+    (work / "another" / "staged").mkdir(parents=True)
+    (work / "another" / "staged" / "pool").write_bytes(b"x" * 1000)
+    outcome = merged(family.recipe())
+    assert [path.name for path in work.iterdir() if path.is_dir()] == ["another"]
+    assert list(outcome.path.parent.rglob("*.part")) == []
 
 
 def test_parameters_count_the_pool(family: Family) -> None:

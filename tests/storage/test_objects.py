@@ -4,58 +4,36 @@ import hashlib
 import json
 import pickle
 import socket
-import threading
-import urllib.request
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 from safetensors.torch import save_file
 
-from storage import objects
+from storage import buckets, objects
 from storage.errors import CheckpointError, SourceError
 from storage.files import open_local
 from storage.headers import read_header
 from storage.objects import HEAD_BYTES, ObjectFile, ObjectFolder, open_objects
-from tests.support.store_gateway import SECRET, Gateway
+from tests.support.store_gateway import SECRET, Gateway, empty_bucket, moto_server
 
 BUCKET = "checkpoints"
 
 
 @pytest.fixture(scope="module")
 def moto() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with moto_server() as url:
+        yield url
 
 
 @pytest.fixture
 def store(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
-    """An empty bucket, and the environment that leads to it; obstore's own retries are few and quick."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anyone")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.delenv("AWS_ALLOW_HTTP", raising=False)
-    backoff = {"init_backoff": timedelta(milliseconds=5), "max_backoff": timedelta(milliseconds=20), "base": 2}
-    monkeypatch.setattr(objects, "RETRIES", {"max_retries": 2, "backoff": backoff, "retry_timeout": timedelta(seconds=30)})
-    urllib.request.urlopen(urllib.request.Request(f"{moto}/moto-api/reset", b"", method="POST")).close()
-    gateway = Gateway(moto)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", gateway.url)
-    thread = threading.Thread(target=gateway.serve_forever, args=(0.02,))
-    thread.start()
-    gateway.send("PUT", BUCKET)
-    yield gateway
-    gateway.shutdown()
-    thread.join()
-    gateway.server_close()
+    with empty_bucket(moto, BUCKET, monkeypatch) as gateway:
+        yield gateway
     objects._head.cache_clear()
-    objects._store.cache_clear()
 
 
 @pytest.fixture
@@ -178,8 +156,8 @@ def test_a_store_that_cuts_every_body_is_an_error_in_the_end(store: Gateway, con
         SourceError, match=r"model\.safetensors: the store cannot be reached, after retries \(request or response body"
     ):
         read(file, 0, len(content))
-    tries = 1 + objects.RETRIES["max_retries"]
-    assert tries < len(store.ranges("model.safetensors")) <= (1 + objects.RESUMES) * tries
+    tries = 1 + buckets.RETRIES["max_retries"]
+    assert tries < len(store.ranges("model.safetensors")) <= (1 + buckets.RESUMES) * tries
 
 
 @pytest.mark.parametrize("step", [503, 500, 429, "hang up"])
@@ -273,7 +251,7 @@ def test_settings_that_make_no_store(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    objects._store.cache_clear()
+    buckets.forget_connections()
     with pytest.raises(CheckpointError, match=rf"base: {url}: the store's settings .*{message}") as caught:
         open_objects("base", url)
     assert SECRET not in str(caught.value)
@@ -330,7 +308,7 @@ def test_urls_that_hold_more_than_a_place_are_refused(url: str, message: str) ->
 
 
 def test_azures_container_at_host_is_a_place() -> None:
-    place = objects._place("abfss://container@account.dfs.core.windows.net/team/math//")
+    place = buckets.place_of("abfss://container@account.dfs.core.windows.net/team/math//", objects.SOURCE)
     assert place == "abfss://container@account.dfs.core.windows.net/team/math"
 
 
@@ -417,4 +395,4 @@ def test_a_process_has_one_store_per_place(store: Gateway) -> None:
     store.put(f"{BUCKET}/math/config.json", b"{}")
     for _ in range(3):
         read(open_objects("expert math", f"s3://{BUCKET}/math").file("config.json"), 0, 2)
-    assert objects._store.cache_info().misses == 1
+    assert buckets._connection.cache_info().misses == 1

@@ -1,0 +1,127 @@
+"""Receipts that outlive a run: what a block came to is written beside the work, and found by the next run.
+
+A block is done when there is a receipt under its key, which covers everything the block depends on, and the receipt's own
+digest is right; that some file exists proves nothing. Receipts are JSON: they come from a store that others can write to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any, Generic, TypeVar, cast
+
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.engine import Engine
+from storage.digests import digest_of
+from storage.stores import Store
+
+AT_ONCE = 16
+"""Receipts that are read at once."""
+KEY_LENGTH = 40
+
+Task = TypeVar("Task")
+Receipt = TypeVar("Receipt")
+
+
+@lru_cache(maxsize=32)
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def block_key(*covered: Any) -> str:
+    """The key of a block: a digest of JSON values that cover all it depends on, beside what its ledger's place covers."""
+    return digest_of(covered)[:KEY_LENGTH]
+
+
+@dataclass(frozen=True)
+class Ledger(Generic[Receipt]):
+    """Receipts of one kind, a dataclass of numbers, texts and lists, in a folder of a store. It pickles."""
+
+    store: Store
+    kind: type[Receipt]
+
+    def write(self, key: str, receipt: Receipt) -> None:
+        """Keep a receipt; over one of the same key, which says the same."""
+        body = json.dumps(asdict(receipt), sort_keys=True)  # type: ignore[call-overload]  # infinities and NaNs as Python has them
+        self.store.put(f"{key}.json", json.dumps({"receipt": body, "digest": digest_of([key, body])}).encode())
+
+    def keys(self) -> list[str]:
+        """The keys of all receipts."""
+        return [name.removesuffix(".json") for name in self.store.children() if name.endswith(".json")]
+
+    def read(self, keys: Iterable[str]) -> dict[str, Receipt]:
+        """The receipts under these keys, as far as there are any that are whole."""
+        known = set(self.keys())
+        wanted = [key for key in keys if key in known]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            found = dict(zip(wanted, pool.map(self._one, wanted), strict=True))
+        return {key: receipt for key, receipt in found.items() if receipt is not None}
+
+    def _one(self, key: str) -> Receipt | None:
+        try:
+            found = json.loads(self.store.get(f"{key}.json"))
+            if found["digest"] != digest_of([key, found["receipt"]]):
+                return None
+            receipt: Receipt = _adapter(cast("Any", self.kind)).validate_python(json.loads(found["receipt"]))
+        except (FileNotFoundError, ValueError, KeyError, TypeError, ValidationError):
+            return None  # damaged: the block is done again
+        return receipt
+
+
+@dataclass(frozen=True)
+class Item(Generic[Task, Receipt]):
+    """One block of a stage."""
+
+    task: Task
+    label: str
+    """What a person calls it."""
+    key: str
+    ledger: Ledger[Receipt]
+
+
+@dataclass(frozen=True)
+class _Kept(Generic[Task, Receipt]):
+    """A function over blocks that leaves receipts."""
+
+    function: Callable[[Task], Receipt]
+
+    def __call__(self, item: Item[Task, Receipt]) -> Receipt:
+        receipt = self.function(item.task)
+        item.ledger.write(item.key, receipt)
+        return receipt
+
+
+@dataclass(frozen=True)
+class Work(Generic[Task, Receipt]):
+    """What a stage does to blocks."""
+
+    stage: str
+    function: Callable[[Task], Receipt]
+    priority: int = 0
+    """Of two stages that wait for a worker, the higher goes first."""
+
+    def run(self, engine: Engine, items: Sequence[Item[Task, Receipt]]) -> list[Receipt]:
+        """Do all of these, whatever receipts there are; receipts in their order."""
+        if not items:
+            return []
+        labels = [item.label for item in items]
+        return engine.run(self.stage, _Kept(self.function), items, labels, priority=self.priority)
+
+    def resume(
+        self, engine: Engine, items: Sequence[Item[Task, Receipt]], holds: Callable[[Receipt], bool]
+    ) -> tuple[list[Receipt], list[Receipt]]:
+        """Do those of these that have no receipt for which ``holds`` is true: receipts of all in order, and those of now."""
+        known: dict[str, Receipt] = {}
+        for ledger in {item.ledger: None for item in items}:
+            found = ledger.read(item.key for item in items if item.ledger == ledger)
+            known |= {key: receipt for key, receipt in found.items() if holds(receipt)}
+        if known:
+            engine.reporter.skip(self.stage, len(known))
+        left = [item for item in items if item.key not in known]
+        fresh = self.run(engine, left)
+        done = known | {item.key: receipt for item, receipt in zip(left, fresh, strict=True)}
+        return [done[item.key] for item in items], fresh
