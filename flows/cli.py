@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -282,6 +283,33 @@ def route(artifact: ArtifactPlace, query: str, as_json: AsJson = False) -> None:
     say(best)
     for name, share in sorted(shares.items(), key=lambda item: -item[1]):
         typer.echo(f"  {name} {share:.4f}", err=True)
+
+
+@app.command()
+def clean(
+    recipe: RecipePath,
+    set_: Settings = None,
+    output: Output = None,
+    deltas: Deltas = None,
+    days: Annotated[float, typer.Option(min=0, max=36500, help="Keep what runs have used that began since.")] = 7,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove it.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what no artifact or recent run needs in a recipe's delta store and output; remove it with --delete."""
+    from flows import clean as cleaning
+    from pipeline.recipe import parse_assignment
+
+    with _failure_as_json(as_json, lambda error: {"error": str(error), "problems": list(listed(error))}):
+        settings = dict(parse_assignment(text) for text in set_ or ())
+        tell = partial(typer.echo, err=True)
+        found = cleaning.clean_up(recipe, settings, output, deltas, days, delete=delete, tell=tell)
+    if as_json:
+        say_json(cleaning.document(found))
+        return
+    if found.leftovers:
+        say_table("leftovers", cleaning.HEADINGS, cleaning.table(found))
+    for line in cleaning.totals(found):
+        say(line)
 
 
 @app.command()

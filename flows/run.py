@@ -21,11 +21,12 @@ from pipeline.recipe import Recipe, load_recipe
 from router_training.data import load_queries
 from storage.atomic import canonical_json
 from storage.deltas import JOB, run_record
-from storage.errors import IncompleteStoreError, RecipeError
+from storage.errors import ChannelMergingError, IncompleteStoreError, RecipeError
 from storage.manifest import Manifest
 from storage.publishing import find_by_inputs, make_latest
 from storage.stores import open_store
 
+WRONG_INPUT = RecipeError.exit_code
 REPAIRS = 5
 """Damaged chunks of the delta store that one run makes anew."""
 
@@ -99,7 +100,12 @@ def workplace(job: Job, reporter: Reporter) -> Iterator[None]:
         )
         job.work.put(JOB, record)
         job.deltas.put(run_record(job.base.id, job.inputs), record)
-        yield
+        try:
+            yield
+        except ChannelMergingError as error:
+            if error.exit_code == WRONG_INPUT:  # these inputs will not be run again
+                job.work.clear("")
+            raise
         job.work.clear("")
 
 

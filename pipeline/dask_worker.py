@@ -20,7 +20,7 @@ THREADS = "CHANNEL_MERGING_THREADS"
 """Environment variable of a worker: the threads one task may compute on. Without it 1, as Dask runs as many tasks at once as
 a worker has threads, by default one per core. How many other workers share the host's cores no worker can know, so nothing
 is derived from counts of cores."""
-POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 """What libraries that are loaded later read."""
 
 Task = TypeVar("Task")
@@ -53,10 +53,20 @@ def _prepare_thread() -> None:
     threadpool_limits(threads)
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(threads)
-    if numba := sys.modules.get("numba"):
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    _limit_numba(threads)
     return_freed_memory()  # Dask sets the allocator to keep nothing: most of a run would go into mapping pages
     _prepared.done = True
+
+
+def _limit_numba(threads: int) -> None:
+    """Limit numba's pool, whose size is fixed when numba is imported.
+
+    From then on its variable must stay as it was: numba looks at it whenever it compiles, and refuses a change.
+    """
+    if numba := sys.modules.get("numba"):
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    else:
+        os.environ["NUMBA_NUM_THREADS"] = str(threads)
 
 
 class Room:

@@ -7,6 +7,7 @@ digest is right; that some file exists proves nothing. Receipts are JSON: they c
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -44,10 +45,11 @@ class Ledger(Generic[Receipt]):
     store: Store
     kind: type[Receipt]
 
-    def write(self, key: str, receipt: Receipt) -> None:
-        """Keep a receipt; over one of the same key, which says the same."""
+    def write(self, key: str, receipt: Receipt, run: str) -> None:
+        """Keep a receipt of a run; over one of the same key, which says the same."""
         body = json.dumps(asdict(receipt), sort_keys=True)  # type: ignore[call-overload]  # infinities and NaNs as Python has them
-        self.store.put(f"{key}.json", json.dumps({"receipt": body, "digest": digest_of([key, body])}).encode())
+        record = {"receipt": body, "run": run, "digest": digest_of([key, run, body])}
+        self.store.put(f"{key}.json", json.dumps(record).encode())
 
     def keys(self) -> list[str]:
         """The keys of all receipts."""
@@ -61,15 +63,20 @@ class Ledger(Generic[Receipt]):
             found = dict(zip(wanted, pool.map(self._one, wanted), strict=True))
         return {key: receipt for key, receipt in found.items() if receipt is not None}
 
-    def _one(self, key: str) -> Receipt | None:
+    def _one(self, key: str, run: str | None = None) -> Receipt | None:
+        """The receipt under a key, of this run if one is named."""
         try:
             found = json.loads(self.store.get(f"{key}.json"))
-            if found["digest"] != digest_of([key, found["receipt"]]):
+            if found["digest"] != digest_of([key, found["run"], found["receipt"]]) or run not in (None, found["run"]):
                 return None
             receipt: Receipt = _adapter(cast("Any", self.kind)).validate_python(json.loads(found["receipt"]))
         except (FileNotFoundError, ValueError, KeyError, TypeError, ValidationError):
-            return None  # damaged: the block is done again
+            return None  # none, or damaged: the block is done again
         return receipt
+
+    def of_run(self, key: str, run: str) -> Receipt | None:
+        """The receipt that this very run has written, if it has: its worker may have died before it could tell."""
+        return self._one(key, run)
 
 
 @dataclass(frozen=True)
@@ -88,10 +95,13 @@ class _Kept(Generic[Task, Receipt]):
     """A function over blocks that leaves receipts."""
 
     function: Callable[[Task], Receipt]
+    run: str
 
     def __call__(self, item: Item[Task, Receipt]) -> Receipt:
-        receipt = self.function(item.task)
-        item.ledger.write(item.key, receipt)
+        receipt = item.ledger.of_run(item.key, self.run)
+        if receipt is None:
+            receipt = self.function(item.task)
+            item.ledger.write(item.key, receipt, self.run)
         return receipt
 
 
@@ -109,7 +119,7 @@ class Work(Generic[Task, Receipt]):
         if not items:
             return []
         labels = [item.label for item in items]
-        return engine.run(self.stage, _Kept(self.function), items, labels, priority=self.priority)
+        return engine.run(self.stage, _Kept(self.function, uuid.uuid4().hex), items, labels, priority=self.priority)
 
     def resume(
         self, engine: Engine, items: Sequence[Item[Task, Receipt]], holds: Callable[[Receipt], bool]

@@ -138,19 +138,24 @@ class ArrayGroup:
         sizes = self.store.sizes()
         return {key for key, (size, _) in chunks.items() if sizes.get(key) != size}
 
-    def read(self, name: str, spec: ArraySpec, start: int, stop: int) -> NDArray[Any]:
-        """Rows [start, stop). IncompleteStoreError when a chunk is gone or fails its checksum."""
+    def read(self, name: str, spec: ArraySpec, start: int, stop: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Rows [start, stop), in ``out`` if it is given. IncompleteStoreError when a chunk is gone or fails its checksum."""
         step = spec.chunk_rows
         numbers = list(range(start // step, -(-stop // step)))
-        out = np.empty((stop - start, *spec.shape[1:]), spec.dtype)
+        found = np.empty((stop - start, *spec.shape[1:]), spec.dtype) if out is None else out
 
         def fill(chunk: int) -> None:
             first, last = max(start, chunk * step), min(stop, (chunk + 1) * step)
-            rows = self._chunk(_chunk_key(name, chunk, len(spec.shape)), spec)
-            out[first - start : last - start] = rows[first - chunk * step : last - chunk * step]
+            key, rows = _chunk_key(name, chunk, len(spec.shape)), found[first - start : last - start]
+            if len(rows) == step and rows.flags.c_contiguous and _is_stored_as(rows.dtype, spec):
+                self._decode(key, spec, rows)  # whole chunks need no copy
+            else:
+                whole = np.empty(spec.chunk_shape, np.dtype(spec.dtype).newbyteorder("<"))
+                self._decode(key, spec, whole)
+                rows[:] = whole[first - chunk * step : last - chunk * step]
 
         each(fill, numbers, at_once=not self.store.is_local)
-        return out
+        return found
 
     def ahead(self, name: str, spec: ArraySpec, start: int, stop: int) -> None:
         """Say that rows [start, stop) will be read soon."""
@@ -158,25 +163,27 @@ class ArrayGroup:
         numbers = range(start // step, -(-min(stop, spec.shape[0]) // step))
         self.store.ahead([_chunk_key(name, chunk, len(spec.shape)) for chunk in numbers])
 
-    def _chunk(self, key: str, spec: ArraySpec) -> NDArray[Any]:
-        """A whole chunk, checked."""
+    def _decode(self, key: str, spec: ArraySpec, rows: NDArray[Any]) -> None:
+        """Fill ``rows`` with a whole chunk, checked."""
         try:
             data = self.store.get(key)
         except (FileNotFoundError, NotADirectoryError):
             raise self._damage(key, "is missing") from None
         if len(data) <= CHECKSUM_BYTES or google_crc32c.value(data) != RESIDUE:
             raise self._damage(key, "cannot be decoded (its checksum differs)")
-        rows = np.empty(spec.chunk_shape, np.dtype(spec.dtype).newbyteorder("<"))
         try:
             spec.codec.decode(memoryview(data)[:-CHECKSUM_BYTES], out=rows)
         except (ValueError, RuntimeError) as error:
             raise self._damage(key, f"cannot be decoded ({error})") from error
-        return rows
 
     def _damage(self, key: str, what: str) -> IncompleteStoreError:
         error = IncompleteStoreError(f"{self.place}: chunk {key} {what}. Run again: it is made anew.")
         error.damaged = (self.place, key)
         return error
+
+
+def _is_stored_as(dtype: np.dtype[Any], spec: ArraySpec) -> bool:
+    return dtype == np.dtype(spec.dtype).newbyteorder("<")
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

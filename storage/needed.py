@@ -195,6 +195,8 @@ class Survey:
     """Key of a run record -> what it says; None where it is damaged."""
     own: Seen
     """The recipe's output."""
+    has_output: bool
+    """Whether there is one."""
     others: Mapping[tuple[str, str], Seen | None]
     """(place, host) of the outputs of run records; None of those that cannot be looked at."""
     notes: tuple[str, ...]
@@ -263,15 +265,15 @@ def survey(deltas: Store, output: Store, since: datetime) -> Survey:
             others[run.output, run.host] = _seen_from_here(run, since, notes)
     damaged = sorted(key for key, run in records.items() if run is None)
     notes += [f"{deltas.place}/{key} cannot be read; what its run needs is not known, and it is left" for key in damaged]
+    has_output, own = own is not None, own or Seen()
     strange = [*sorted(set(deltas.children()) - set(bases)), *_strange_in(deltas, bases)]
     notes += [f"{deltas.place}/{name} is nothing of a delta store; it is left" for name in strange]
-    own = own or Seen()
     notes += [f"{output.place}/{WORK}/{name} is nothing of a run; it is left" for name in own.strange]
     looked = {output.place: own, **{place: seen for (place, _), seen in others.items() if seen is not None}}
     for place, seen in looked.items():
         damaged = [version for version, found in seen.artifacts.items() if found is None]
         notes += [f"{place}/{name}/{MANIFEST} cannot be read; what runs there used is kept" for name in damaged]
-    return Survey(deltas, output, since, tuple(bases), records, own, others, tuple(notes))
+    return Survey(deltas, output, since, tuple(bases), records, own, has_output, others, tuple(notes))
 
 
 def _strange_in(deltas: Store, bases: Sequence[str]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -65,15 +65,19 @@ class _Incoming:
     parts: Parts = field(default_factory=dict)
     whole: bool = False
 
-    @property
+    @cached_property
     def infos(self) -> dict[str, TensorInfo]:
         return {name: info for name, (info, _) in self.held.items()}
 
-    @property
+    @cached_property
+    def layout(self) -> str:
+        return group_layout(self.infos)
+
+    @cached_property
     def ledger(self) -> Ledger[IngestReceipt]:
         """Receipts for files as they are now: what was read while one was another says nothing, be it the old one again."""
         files = digest_of([dict(self.source.stamps), dict(self.base.stamps)])[:16]
-        return Ledger(self.group.store.under(f"{RECEIPTS}/{group_layout(self.infos)[:16]}-{files}"), IngestReceipt)
+        return Ledger(self.group.store.under(f"{RECEIPTS}/{self.layout[:16]}-{files}"), IngestReceipt)
 
     def look(self) -> None:
         """See what earlier runs have brought, and clear away what is of another format or layout."""
@@ -82,7 +86,7 @@ class _Incoming:
         if record is not None:
             self._take(record["chunks"], _listed(record))
         else:
-            ours = group_layout(infos)[:16]
+            ours = self.layout[:16]
             foreign = [name for name in self.group.store.children(RECEIPTS) if not name.startswith(ours)]
             if foreign or self.group.record() is not None:
                 self.group.store.clear("")
@@ -115,7 +119,8 @@ class _Incoming:
 
     def items(self, names: Sequence[str], budget: int) -> list[Item[IngestTask, IngestReceipt]]:
         """The work that is left for these arrays."""
-        infos = {name: info for name, info in self.infos.items() if name in set(names)}
+        wanted = set(names)
+        infos = {name: info for name, info in self.infos.items() if name in wanted}
         left = self.left(infos)
         items = []
         for block in plan_blocks([infos[name] for name in left], memory.block_elements(budget, 1)) if left else ():
@@ -150,7 +155,7 @@ class _Incoming:
         parts = [(name, start, part) for name in self.held for start, part in sorted(self.parts[name].items())]
         record = {
             "format": DELTA_FORMAT,
-            "layout": group_layout(self.infos),
+            "layout": self.layout,
             "statistics": {name: combined(found) for name, found in in_order.items()},
             "parts": _PARTS.dump_json(parts).decode(),
         }

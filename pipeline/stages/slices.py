@@ -110,7 +110,7 @@ def read_rows(tensor: TensorPlan, experts: Sequence[str], groups: Sequence[Array
             return None
         kind = np.dtype(np.float32) if is_low_rank(info) else DTYPES[info.dtype].difference
         part = np.empty(shape, kind) if stack is None else stack[n]
-        part[:held] = groups[n].read(tensor.name, delta_spec(info), start, start + held)
+        groups[n].read(tensor.name, delta_spec(info), start, start + held, part[:held])
         part[held:] = 0
         return part
 

@@ -34,10 +34,9 @@ def test_the_verbs_of_a_newcomer(family: Family, tmp_path: Path) -> None:
     assert "published version" in done.stdout
     lines = [line.split(": ")[0] for line in done.stderr.splitlines()]
     assert lines.count("note") == 4  # rows of two extended vocabularies
-    ingested = [f"ingest {name}" for name in family.experts]
-    assert [line for line in lines if line != "note"] == [
-        "resolve", *ingested, "similarity", "cluster", "merge", "pack", "router",
-    ]  # fmt: skip
+    stages = [line for line in lines if line != "note"]
+    assert (stages[0], stages[-1]) == ("resolve", "router")
+    assert sorted(stages[1:-1]) == ["cluster", "ingest", "merge", "pack", "similarity"]  # they overlap
     again = command("run", recipe, "--set", "merge.groups=3", "--json")
     assert json.loads(again.stdout)["new"] is False
     output = tmp_path / "output"
@@ -243,7 +242,7 @@ def test_a_worker_that_dies_again_and_again_is_explained(tmp_path: Path) -> None
 
 
 def test_a_scheduler_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.engine.CONNECT_SECONDS", 1)
+    monkeypatch.setattr("pipeline.dask_cluster.CONNECT_S", 1)
     with socket.socket() as closed:  # bound, not listening: nothing answers there
         closed.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{closed.getsockname()[1]}"
@@ -290,7 +289,7 @@ def make_folder(path: Path) -> Path:
 HEAVY = {"torch", "dask", "distributed", "sklearn", "transformers", "prefect", "dask_ml"}
 
 
-@pytest.mark.parametrize("verb", ["plan", "inspect", "verify", "pull", "export", "route"])
+@pytest.mark.parametrize("verb", ["plan", "inspect", "verify", "pull", "export", "route", "clean"])
 def test_light_verbs_import_no_heavy_packages(family: Family, tmp_path: Path, verb: str) -> None:
     recipe = family.recipe(router=router_of(family))
     assert command("run", recipe).returncode == 0
@@ -302,6 +301,7 @@ def test_light_verbs_import_no_heavy_packages(family: Family, tmp_path: Path, ve
         "pull": [output, str(tmp_path / "pulled"), "--expert", "math"],
         "export": [output, "math", str(tmp_path / "x")],
         "route": [output, "hello"],
+        "clean": [str(recipe), "--days", "0", "--delete"],
     }[verb]
     program = (
         "import sys\nsys.argv = ['channel-merge', *sys.argv[1:]]\nfrom flows.cli import app\n"
@@ -348,9 +348,13 @@ def test_a_reader_that_leaves_changes_no_answer(family: Family, breakage: Breaka
 def test_an_interrupted_run_says_what_it_keeps_and_goes_on_from_there(family: Family, tmp_path: Path) -> None:
     recipe = family.recipe()
     program = (  # the command, with a stage that waits to be interrupted after the experts are ingested
-        "import sys, time\nfrom flows import cli, run\n"
-        "def wait(job, engine):\n    print('waiting', flush=True)\n    time.sleep(100)\n"
-        "run.STAGES = (run.ingest, wait)\nsys.argv = ['channel-merge', 'run', sys.argv[1]]\ncli.main()"
+        "import sys, time\nfrom flows import cli\nfrom pipeline.stages import waves\n"
+        "def group(self):\n    while 'ingest written' not in self.moved:\n        time.sleep(0.1)\n"
+        "    print('waiting', flush=True)\n"
+        "    with waves._ending(self._grouped):\n"
+        "        self.engine.run('wait', time.sleep, [0.1] * 1000, ['short'] * 1000)\n"
+        "if __name__ == '__main__':\n"
+        "    waves.Waves.group = group\n    sys.argv = ['channel-merge', 'run', sys.argv[1]]\n    cli.main()"
     )
     line = [sys.executable, "-c", program, str(recipe)]
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

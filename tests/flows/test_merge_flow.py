@@ -15,7 +15,7 @@ from tests.pipeline.test_invariants import router_of
 from tests.support.running import merged
 from tests.support.tiny_experts import Family
 
-STAGES = {"resolve", "ingest", "health", "similarity", "cluster", "merge", "pack", "router", "publish"}
+STAGES = {"resolve", "ingest", "similarity", "merge", "pack", "router", "publish"}
 
 
 @pytest.mark.server
