@@ -26,7 +26,7 @@ def blocks(language: str) -> list[str]:
 def test_every_command_of_the_readme_exists() -> None:
     verbs = {found.callback.__name__ for found in app.registered_commands if found.callback}
     named = set(re.findall(r"^\$ channel-merge (\w+)", "\n".join(blocks("console")), flags=re.MULTILINE))
-    assert named == {"plan", "run", "inspect", "verify", "export", "route"}
+    assert named == {"plan", "run", "inspect", "verify", "export", "pull", "clean", "route"}
     assert named < verbs
     targets = set(re.findall(r"^\$ make (\w+)", "\n".join(blocks("console")), flags=re.MULTILINE))
     makefile = (ROOT / "Makefile").read_text()
@@ -52,9 +52,9 @@ def test_the_commands_of_the_readme_run_in_its_order(tmp_path: Path) -> None:
     place: list[str | Path] = ["--output", tmp_path / "artifacts", "--deltas", tmp_path / "deltas"]
     typed = [line.split("#")[0].split()[2:] for line in "\n".join(blocks("console")).splitlines() if "channel-merge" in line]
     for words in typed:
-        text = " ".join(words).replace("recipe.yaml", str(recipe))
+        text = " ".join(words).replace("recipe.yaml", str(recipe)).replace("s3://bucket/mistral-4x", "artifacts")
         arguments: list[str | Path] = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', text)]
-        if arguments[0] == "run":
+        if arguments[0] in ("run", "clean"):
             arguments.extend(place)
         done = command(*arguments, cwd=tmp_path)
         assert done.returncode == 0, (arguments, done.stderr)
