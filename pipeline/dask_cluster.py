@@ -12,6 +12,7 @@ from typing import Any
 
 import dask
 from distributed import Client, LocalCluster
+from distributed.utils import silence_logging_cmgr
 
 from pipeline.dask_checks import check_workers
 from pipeline.dask_engine import WAIT_FOR_WORKERS_S, DaskEngine, Demand
@@ -135,7 +136,11 @@ def open_cluster(section: ClusterSection, reporter: Reporter) -> Iterator[Engine
     """The engine of a cluster whose workers can do what the recipe asks for; otherwise ClusterError."""
     here = section.where in ("local", "cuda")
     demand = Demand(section.memory, section.kernel == "cuda")
-    with _this_machine(section) if here else nullcontext(section.where) as place, _connected(place) as client:
+    with (
+        silence_logging_cmgr(logging.CRITICAL),  # what is lost is told once, as an error
+        _this_machine(section) if here else nullcontext(section.where) as place,
+        _connected(place) as client,
+    ):
         if here:
             client.register_plugin(LocalWorker())
         _await_workers(client)
