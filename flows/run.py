@@ -63,9 +63,9 @@ def read_recipe(
         if place is not None:
             overrides[key] = place if "://" in place else str(Path(place).absolute())
     if cluster_at is not None:
-        known = cluster_at in ("local", "none")
+        known = cluster_at in ("local", "none", "cuda")
         if not known and "://" not in cluster_at:
-            raise RecipeError(f"--cluster: expected local, none or tcp://host:port, got {cluster_at!r}")
+            raise RecipeError(f"--cluster: expected local, none, cuda or tcp://host:port, got {cluster_at!r}")
         overrides |= {"cluster.kind": cluster_at if known else None, "cluster.address": None if known else cluster_at}
     return load_recipe(path, overrides)
 

@@ -107,7 +107,8 @@ def _unowned(context: Any, array: Any) -> Any:
     """Inside compiled code, the same array without its owner, whose references are then not counted.
 
     Counting is atomic: slices taken in inner loops by several threads would spend most of their time on it. The caller of
-    the outermost function keeps the owner alive.
+    the outermost function keeps its arguments alive. An array that is made inside is freed after its last use, so what makes
+    one uses it once more at the end.
     """
 
     def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:

@@ -233,6 +233,7 @@ def _merge_range(
                     combining.kind == ELECT, combining.mean, element, factors[row], chosen, tiles, target,
                 )  # fmt: skip
                 _add_distances(own, stored, at, channel, left, who, target, errors)
+    owners[0][0, 0] = owners[1][0, 0] = owners[2][0] = 0  # their last use: until here they live
 
 
 def merge_rows(

@@ -84,6 +84,7 @@ def measure(expert: Any, base: Any, counted: int, squares: Any, base_squares: An
             base_squares[row] += _bits_squares(base[row, left:right])
             if row < counted:
                 _count(delta, counts)
+    owner[0] = 0  # its last use: until here it lives
     return float(np.uint32(top).view(np.float32))
 
 
@@ -142,6 +143,7 @@ def row_thresholds(base: Any, stored: Any, at: int, k: int, out: Any) -> None:
                 delta = np.float32(widen(plus(base[row, j], stored[n, at + row, j])) - widen(base[row, j]))
                 sizes[j] = delta.view(np.uint32) & SIZE
             out[row, n] = np.uint32(_kth_largest(sizes, k, counts)).view(np.float32)
+    size_owner[0] = count_owner[0] = 0  # their last use: until here they live
 
 
 @compiled
@@ -168,3 +170,4 @@ def row_masses(base: Any, stored: Any, at: int, expert: int, key: Any, limit: in
                 whole += size
                 kept += size if words[before + j] < np.uint32(limit) else 0.0
         out[row, 0], out[row, 1] = whole, kept
+    owner[0] = 0  # its last use: until here it lives

@@ -80,6 +80,7 @@ def _table_range(base: Any, stored: Any, at: int, kind: int, out: Any, start: in
             for n in range(experts):
                 for m in range(n):
                     out[row, n, m] = out[row, m, n]
+    owner[0, 0] = 0  # its last use: until here it lives
 
 
 def table(base: NDArray[Any], stored: NDArray[Any], at: int, kind: str, threads: int = 1) -> NDArray[np.float64]:
