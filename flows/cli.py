@@ -141,22 +141,22 @@ def run(
                 result = run_recipe(resolved, reporter)
         except KeyboardInterrupt as end:
             what, code = ("terminated", TERMINATED) if isinstance(end, Terminated) else ("interrupted", INTERRUPTED)
-            kept = f"finished experts are kept in the delta store {resolved.deltas}, and the next run goes on from there"
+            kept = f"finished work is kept in {resolved.deltas} and {resolved.output}, and the next run goes on from there"
             typer.echo(f"{what}: {kept}", err=True)
             raise typer.Exit(code) from None
     manifest = result.manifest
     if as_json:
         say_json(
             {
-                "version": result.version, "path": str(result.path), "new": result.new,
+                "version": result.version, "path": result.place, "new": result.new,
                 "parameters": manifest.parameters.model_dump(), "seconds": manifest.seconds,
             }
         )  # fmt: skip
         return
     if not result.new:
-        say(f"nothing changed: version {result.version} is already at {result.path}")
+        say(f"nothing changed: version {result.version} is already at {result.place}")
         return
-    say(f"published version {result.version} at {result.path}")
+    say(f"published version {result.version} at {result.place}")
     say(_size_line(manifest))
 
 

@@ -74,4 +74,4 @@ def merge(
     are as on the command line.
     """
     result = run_recipe(read_recipe(Path(recipe), settings, output, deltas, cluster), FlowReporter(), as_task)
-    return {"version": result.version, "path": str(result.path), "new": result.new}
+    return {"version": result.version, "path": result.place, "new": result.new}

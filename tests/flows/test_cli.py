@@ -205,7 +205,10 @@ def test_bad_input_is_one_clear_error(family: Family, breakage: Breakage, messag
         (["export", "output", "math", "family"], "exists and is not an empty folder"),
         (["route", "output", "hello"], "has no router. Build it with router.kind: linear"),
         (["run", "family/recipe.yaml", "--set", "merge.groups=["], "--set merge.groups=[: the value '[' is no YAML"),
-        (["run", "family/recipe.yaml", "--cluster", "gpu"], "--cluster: expected local, none or tcp://host:port, got 'gpu'"),
+        (
+            ["run", "family/recipe.yaml", "--cluster", "gpu"],
+            "--cluster: expected local, none, cuda or tcp://host:port, got 'gpu'",
+        ),
     ],
 )
 def test_bad_arguments_are_one_clear_error(family: Family, arguments: list[str], message: str) -> None:
@@ -365,7 +368,8 @@ def test_an_interrupted_run_says_what_it_keeps_and_goes_on_from_there(family: Fa
         told = process.stderr.read().splitlines()
     assert process.returncode == 130
     assert [line for line in told if line.startswith("interrupted")] == [
-        f"interrupted: finished experts are kept in the delta store {tmp_path / 'deltas'}, and the next run goes on from there"
+        f"interrupted: finished work is kept in {tmp_path / 'deltas'} and {tmp_path / 'output'}, "
+        "and the next run goes on from there"
     ]
     assert "Traceback" not in "".join(told)
     again = command("run", recipe)

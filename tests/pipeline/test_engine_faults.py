@@ -219,7 +219,7 @@ def test_a_signal_ends_the_run_and_its_workers(tmp_path: Path, number: int, grou
     until(lambda: all(marker.exists() and marker.read_text() for marker in markers) or process.poll() is not None)
     (os.killpg if group else os.kill)(process.pid, number)
     _, told = process.communicate()
-    assert told.splitlines()[-1].startswith(f"{word}: finished experts are kept in the delta store")
+    assert told.splitlines()[-1].startswith(f"{word}: finished work is kept in ")
     assert "Traceback" not in told
     assert process.returncode == code
     assert [marker.name for marker in markers if is_alive(int(marker.read_text()))] == []
