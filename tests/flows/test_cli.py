@@ -368,8 +368,10 @@ def test_an_interrupted_run_says_what_it_keeps_and_goes_on_from_there(family: Fa
         told = process.stderr.read().splitlines()
     assert process.returncode == 130
     assert [line for line in told if line.startswith("interrupted")] == [
-        f"interrupted: finished work is kept in {tmp_path / 'deltas'} and {tmp_path / 'output'}, "
-        "and the next run goes on from there"
+        (
+            f"interrupted: finished work is kept in {tmp_path / 'deltas'} and {tmp_path / 'output'}, "
+            "and the next run goes on from there"
+        )
     ]
     assert "Traceback" not in "".join(told)
     again = command("run", recipe)
