@@ -10,12 +10,11 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from pipeline.engine import Cancelled, Engine, Reporter, open_engine
+from pipeline.engine import Cancelled, Engine, Reporter, Waiting, open_engine
 from pipeline.job import Job, resolve
 from pipeline.recipe import Recipe, load_recipe
 from router_training.data import load_queries
@@ -86,7 +85,7 @@ def _outcome(job: Job, manifest: Manifest, *, is_new: bool) -> Outcome:
 @contextmanager
 def workplace(job: Job, reporter: Reporter) -> Iterator[None]:
     """The job's place for unfinished work, this run's alone; kept when the run fails, as the next one goes on from there."""
-    waiting = partial(reporter.note, f"waiting for another run of the same inputs that writes {job.work.place}")
+    waiting = Waiting(reporter, f"waiting for another run of the same inputs that writes {job.work.place}")
     with job.output.lock(job.place_of_work, waiting):
         record = canonical_json(
             {
@@ -171,7 +170,7 @@ def _make(job: Job, engine: Engine, step: Step) -> Outcome:
     started = time.monotonic()
     router = step("router", lambda: _train(job, engine.reporter))
     waves.seconds["router"] = round(time.monotonic() - started, 3)
-    waiting = partial(engine.reporter.note, f"waiting for another run that publishes in {job.output.place}")
+    waiting = Waiting(engine.reporter, f"waiting for another run that publishes in {job.output.place}", engine.check)
     manifest, is_new = step("publish", lambda: publish.publish(waves, router, waiting))
     return _outcome(job, manifest, is_new=is_new)
 

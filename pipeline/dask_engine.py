@@ -282,6 +282,10 @@ class DaskEngine:
     def _address(self) -> str:
         return str(self.client.scheduler.address)
 
+    def check(self) -> None:
+        if self._stopped:
+            raise Cancelled
+
     def cancel(self) -> None:
         self._stopped = True
         with self._lock:

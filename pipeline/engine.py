@@ -63,6 +63,20 @@ class Silent:
         pass
 
 
+class Waiting:
+    """What a lock calls while another run holds it: tells so once, and gives up when ``check`` raises."""
+
+    def __init__(self, reporter: Reporter, text: str, check: Callable[[], None] = lambda: None) -> None:
+        self._tell: Callable[[], None] | None = partial(reporter.note, text)
+        self._check = check
+
+    def __call__(self) -> None:
+        if self._tell is not None:
+            self._tell()
+            self._tell = None
+        self._check()
+
+
 class Engine(Protocol):
     """Runs a function over tasks. Every method may be called from several threads at once."""
 
@@ -84,6 +98,10 @@ class Engine(Protocol):
         the stage is over is the caller's to say. Raises what a task raised; Cancelled after ``cancel``; ClusterError when
         the cluster is lost.
         """
+        ...
+
+    def check(self) -> None:
+        """Cancelled after ``cancel``."""
         ...
 
     def cancel(self) -> None:
@@ -119,13 +137,13 @@ class SerialEngine:
         results = []
         for task, label in zip(tasks, labels, strict=True):
             with self._one_at_a_time:
-                self._go_on()
+                self.check()
                 results.append(function(task))
             self.reporter.advance(stage, label)
-        self._go_on()
+        self.check()
         return results
 
-    def _go_on(self) -> None:
+    def check(self) -> None:
         if self._stopped:
             raise Cancelled
 
@@ -197,6 +215,10 @@ class ThreadEngine:
             future.set_result(call())
         except BaseException as error:  # raised where the result is waited for
             future.set_exception(error)
+
+    def check(self) -> None:
+        if self._stopped:
+            raise Cancelled
 
     def cancel(self) -> None:
         with self._lock:

@@ -102,6 +102,12 @@ class Job:
         return self.output.under(self.place_of_work)
 
     @property
+    def receipts(self) -> Store:
+        """Receipts for files as they are now: what was read while one was another says nothing, be it the old one again."""
+        seen = digest_of([dict(source.stamps) for source in (self.base, *self.experts.values())])[:16]
+        return self.work.under(f"receipts/{seen}")
+
+    @property
     def staged(self) -> Store:
         """What becomes the version."""
         return self.work.under(STAGED)

@@ -122,13 +122,14 @@ class Work(Generic[Task, Receipt]):
         return engine.run(self.stage, _Kept(self.function, uuid.uuid4().hex), items, labels, priority=self.priority)
 
     def resume(
-        self, engine: Engine, items: Sequence[Item[Task, Receipt]], holds: Callable[[Receipt], bool]
+        self, engine: Engine, items: Sequence[Item[Task, Receipt]], holds: Callable[[Item[Task, Receipt], Receipt], bool]
     ) -> tuple[list[Receipt], list[Receipt]]:
-        """Do those of these that have no receipt for which ``holds`` is true: receipts of all in order, and those of now."""
+        """Do those of these that have no receipt, or one that does not hold: receipts of all in order, and those of now."""
         known: dict[str, Receipt] = {}
+        by_key = {item.key: item for item in items}
         for ledger in {item.ledger: None for item in items}:
             found = ledger.read(item.key for item in items if item.ledger == ledger)
-            known |= {key: receipt for key, receipt in found.items() if holds(receipt)}
+            known |= {key: receipt for key, receipt in found.items() if holds(by_key[key], receipt)}
         if known:
             engine.reporter.skip(self.stage, len(known))
         left = [item for item in items if item.key not in known]

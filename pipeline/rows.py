@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.kernels.forms import COMBINED, COPY_BASE, COPY_EXPERT
-from storage.parts import arrays_from_bytes, arrays_to_bytes
+from storage.parts import arrays_to_bytes, read_arrays
 from storage.stores import Store
 
 
@@ -64,7 +64,7 @@ class RowTable:
     @classmethod
     def load(cls, folder: Store, tensor: str) -> RowTable:
         """Read the table of a tensor."""
-        stored = arrays_from_bytes(folder.get(table_key(tensor)))
+        stored = read_arrays(folder, table_key(tensor))
         return cls(stored["users"], stored["channel"], stored["kind"])
 
 

@@ -146,7 +146,7 @@ class ArrayGroup:
 
         def fill(chunk: int) -> None:
             first, last = max(start, chunk * step), min(stop, (chunk + 1) * step)
-            key, rows = _chunk_key(name, chunk, len(spec.shape)), found[first - start : last - start]
+            key, rows = chunk_key(name, chunk, len(spec.shape)), found[first - start : last - start]
             if len(rows) == step and rows.flags.c_contiguous and _is_stored_as(rows.dtype, spec):
                 self._decode(key, spec, rows)  # whole chunks need no copy
             else:
@@ -161,7 +161,7 @@ class ArrayGroup:
         """Say that rows [start, stop) will be read soon."""
         step = spec.chunk_rows
         numbers = range(start // step, -(-min(stop, spec.shape[0]) // step))
-        self.store.ahead([_chunk_key(name, chunk, len(spec.shape)) for chunk in numbers])
+        self.store.ahead([chunk_key(name, chunk, len(spec.shape)) for chunk in numbers])
 
     def _decode(self, key: str, spec: ArraySpec, rows: NDArray[Any]) -> None:
         """Fill ``rows`` with a whole chunk, checked."""
@@ -202,15 +202,11 @@ def _encoded(name: str, spec: ArraySpec, start: int, values: NDArray[Any]) -> li
             rows = np.concatenate([rows, np.zeros((step - len(rows), *spec.shape[1:]), rows.dtype)])
         data = spec.codec.encode(np.ascontiguousarray(rows, np.dtype(spec.dtype).newbyteorder("<")))
         found.append(
-            (_chunk_key(name, chunk, len(spec.shape)), data, google_crc32c.value(data).to_bytes(CHECKSUM_BYTES, "little"))
+            (chunk_key(name, chunk, len(spec.shape)), data, google_crc32c.value(data).to_bytes(CHECKSUM_BYTES, "little"))
         )
     return found
 
 
-def chunk_keys(name: str, spec: ArraySpec) -> list[str]:
-    """The keys of all chunks of an array, in order."""
-    return [_chunk_key(name, chunk, len(spec.shape)) for chunk in range(-(-spec.shape[0] // spec.chunk_rows))]
-
-
-def _chunk_key(name: str, chunk: int, dimensions: int) -> str:
+def chunk_key(name: str, chunk: int, dimensions: int) -> str:
+    """The key of an array's chunk."""
     return f"{name}/{'.'.join(['c', str(chunk), *['0'] * (dimensions - 1)])}"

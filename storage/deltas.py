@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from storage.arrays import ArrayGroup, ArraySpec, chunk_keys
+from storage.arrays import ArrayGroup, ArraySpec, chunk_key
 from storage.digests import digest_of
 from storage.layout import DELTA_FORMAT, DTYPES
 from storage.stores import Store
@@ -155,7 +155,7 @@ def expert_arrays(tensors: Mapping[str, TensorInfo]) -> dict[str, ArraySpec]:
 def unit_keys(name: str, info: TensorInfo, start: int) -> list[str]:
     """The chunks that hold what is known of the rows of a tensor's chunk."""
     place = start // info.chunk_rows
-    return [chunk_keys(array, spec)[place] for array, spec in expert_arrays({name: info}).items()]
+    return [chunk_key(array, place, len(spec.shape)) for array, spec in expert_arrays({name: info}).items()]
 
 
 def difference(expert: NDArray[Any], base: NDArray[Any]) -> NDArray[Any]:

@@ -142,9 +142,15 @@ class LocalFolder:
 
 
 def is_same(path: Path, seen: list[int], digest: str) -> bool:
-    """Whether a file has its old stamp or, touched without a change, its old content."""
+    """Whether a file has its old stamp or, if only its change time is another (permissions, links), its old content.
+
+    One that was written to is another, though its content be the old one again: it was not while it was read.
+    """
     try:
-        return stamp(path.resolve()) == seen or sha256_file(path) == digest
+        size, modified, changed, inode = stamp(path.resolve())
+        if [size, modified, changed, inode] == seen:
+            return True
+        return [size, modified, inode] == [seen[0], seen[1], seen[3]] and sha256_file(path) == digest
     except OSError:
         return False
 

@@ -55,7 +55,6 @@ class _Lease:
             return
         seen: str | None = None
         since = time.monotonic()
-        has_told = False
         while True:
             found = self.store.tagged(self.key)
             tag = None if found is None else found[1]
@@ -64,9 +63,7 @@ class _Lease:
             is_free = found is None or _is_released(found[0]) or time.monotonic() - since >= LEASE_TTL_S
             if is_free and self.store.swap(self.key, self.content(), tag):
                 return
-            if not has_told:
-                waiting()
-                has_told = True
+            waiting()
             time.sleep(LEASE_POLL_S)
 
     def renew(self, *, is_released: bool = False) -> bool:
@@ -93,7 +90,7 @@ class _Lease:
 
 @contextmanager
 def held(store: Leased, key: str, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold the lease of this key; ``waiting`` is called once when another holds it. It is renewed by a thread.
+    """Hold the lease of this key, renewed by a thread; ``waiting`` is called while another holds it and may raise.
 
     StoreError when it cannot be acquired. Its loss is no error.
     """

@@ -23,6 +23,8 @@ from storage.files import LocalFolder
 TEMPORARY = ".part"
 """The end of the names of files under way; they begin with a dot."""
 LOCK = ".lock"
+LOCK_POLL_S = 0.5
+"""How long a lock is waited for before the caller is asked whether to go on."""
 COPY_BYTES = 1 << 24
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -197,10 +199,10 @@ class LocalStore:
             _make_folder(path.parent)
             lock = FileLock(path, thread_local=False)
             is_free = _is_acquired(lock)
-        if not is_free:
+        while not is_free:
             waiting()
             with _writing(path):
-                lock.acquire()
+                is_free = _is_acquired(lock, LOCK_POLL_S)
         try:
             yield
         finally:
@@ -210,9 +212,9 @@ class LocalStore:
         return LocalFolder(self.path)
 
 
-def _is_acquired(lock: FileLock) -> bool:
+def _is_acquired(lock: FileLock, timeout: float = 0) -> bool:
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=timeout)
     except Timeout:  # an OSError itself
         return False
     return True

@@ -13,10 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.errors import IncompleteStoreError
 from storage.local_store import explained
 from storage.safetensors_file import write_at
 from storage.stores import Store
@@ -97,14 +99,37 @@ def part_ranges(channel: NDArray[np.int32], starts: NDArray[np.int64]) -> list[t
     return [(int(part[run[0]]), int(rank[run[0]]), len(run)) for run in np.split(np.arange(len(channel)), breaks) if len(run)]
 
 
-def fetched(store: Store, ranges: Sequence[tuple[str, int, int]]) -> Iterator[bytes]:
-    """Bytes of (key, start, stop) ranges in order, some of them fetched ahead. EOFError when a part is shorter than that."""
-    cut = [(key, at, min(at + RANGE_BYTES, stop)) for key, start, stop in ranges for at in range(start, stop, RANGE_BYTES)]
+def fetched(store: Store, ranges: Sequence[tuple[str, int, int]], limit: int) -> Iterator[bytes | memoryview]:
+    """Bytes of (key, start, stop) ranges in order. Parts that have at most ``limit`` bytes together are fetched once, whole.
+
+    IncompleteStoreError when a part is gone or shorter than that: it is made anew.
+    """
+    ends: dict[str, int] = {}
+    for key, _, stop in ranges:
+        ends[key] = max(stop, ends.get(key, 0))
+    if len(ranges) > len(ends) and sum(ends.values()) <= limit:
+        keys = list(ends)
+        whole = dict(zip(keys, _in_order(store, [(key, 0, ends[key]) for key in keys]), strict=True))
+        for key, start, stop in ranges:
+            yield memoryview(whole[key])[start:stop]
+        return
+    yield from _in_order(
+        store, [(key, at, min(at + RANGE_BYTES, stop)) for key, start, stop in ranges for at in range(start, stop, RANGE_BYTES)]
+    )
+
+
+def _in_order(store: Store, cut: Sequence[tuple[str, int, int]]) -> Iterator[bytes]:
+    """The bytes of these ranges, some of them fetched ahead."""
 
     def one(asked: tuple[str, int, int]) -> bytes:
-        data = store.read(*asked)
+        lost = IncompleteStoreError(f"{store.place}/{asked[0]} is gone or cut short. Run again: it is made anew.")
+        lost.damaged = (store.place, asked[0])
+        try:
+            data = store.read(*asked)
+        except FileNotFoundError:
+            raise lost from None
         if len(data) != asked[2] - asked[1]:
-            raise EOFError(f"{store.place}/{asked[0]} ends before byte {asked[2]}")
+            raise lost
         return data
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -130,7 +155,12 @@ def arrays_to_bytes(arrays: Mapping[str, NDArray[Any]]) -> bytes:
     return buffer.getvalue()
 
 
-def arrays_from_bytes(data: bytes) -> dict[str, NDArray[Any]]:
-    """The arrays of such bytes; nothing is unpickled."""
-    with np.load(io.BytesIO(data), allow_pickle=False) as stored:
-        return dict(stored)
+def read_arrays(store: Store, key: str) -> dict[str, NDArray[Any]]:
+    """The arrays of such a file; nothing is unpickled. IncompleteStoreError when it is gone or damaged: it is made anew."""
+    try:
+        with np.load(io.BytesIO(store.get(key)), allow_pickle=False) as stored:
+            return dict(stored)
+    except (FileNotFoundError, BadZipFile, ValueError, KeyError, EOFError) as error:
+        failure = IncompleteStoreError(f"{store.place}: {key} is gone or damaged ({error}). Run again: it is made anew.")
+        failure.damaged = (store.place, key)
+        raise failure from None

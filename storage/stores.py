@@ -103,8 +103,9 @@ class Store(Protocol):
         ...
 
     def lock(self, name: str, waiting: Callable[[], None]) -> AbstractContextManager[None]:
-        """Hold a name alone, of all processes of all machines; calls ``waiting`` once if it must wait for another to end.
+        """Hold a name alone, of all processes of all machines.
 
+        While another holds it ``waiting`` is called, every few seconds at least; what that raises ends the wait.
         The death of the holder frees it: at once on a local disk, after a while without a sign of life on object stores.
         """
         ...

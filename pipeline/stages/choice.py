@@ -20,7 +20,7 @@ from pipeline.plan import TensorPlan
 from pipeline.recipe import AUTO, ROUNDING
 from pipeline.rows import row_counts
 from pipeline.stages.labels import GRAM, ClusterTask, delta_squares, equal_rows, keeps_exact, labels_for, read_channels
-from storage.parts import arrays_from_bytes, arrays_to_bytes
+from storage.parts import arrays_to_bytes, read_arrays
 from storage.stores import Store
 
 
@@ -36,7 +36,7 @@ class CurveTask:
 
 def read_choice(folder: Store, tensor: str) -> NDArray[np.int64]:
     """(channels,) the K chosen for every channel of a tensor."""
-    return arrays_from_bytes(folder.get(f"{tensor}.npz"))["groups"]
+    return read_arrays(folder, f"{tensor}.npz")["groups"]
 
 
 def _curve_key(tensor: str) -> str:
@@ -70,7 +70,7 @@ def _curves(job: Job, folder: Store, tensors: Sequence[TensorPlan]) -> tuple[NDA
     """Errors and entries of all units, tensor by tensor; one unit for the whole model where it is grouped as one."""
     errors, entries = [], []
     for tensor in tensors:
-        stored = arrays_from_bytes(folder.get(_curve_key(tensor.name)))
+        stored = read_arrays(folder, _curve_key(tensor.name))
         errors.append(stored["errors"])
         entries.append(stored["rows"] * tensor.width)
     if job.recipe.merge.granularity == "model":

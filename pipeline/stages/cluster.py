@@ -143,13 +143,15 @@ class Grouping:
 
     def wave(self, tensors: Sequence[TensorPlan]) -> None:
         """Group the experts of these tensors' channels."""
-        ledger = Ledger(self.job.work.under("receipts/cluster"), ClusterReceipt)
+        ledger = Ledger(self.job.receipts.under("cluster"), ClusterReceipt)
         items = [
             Item(task, layer, block_key([tensor.name for tensor in task.tensors]), ledger)
             for layer, task in self._tasks(tensors).items()
         ]
         written = self.tables.sizes()
-        receipts, _ = WORK.resume(self.engine, items, lambda receipt: all(table_key(name) in written for name in receipt.rows))
+        receipts, _ = WORK.resume(
+            self.engine, items, lambda _, receipt: all(table_key(name) in written for name in receipt.rows)
+        )
         self.receipts += receipts
         for receipt in receipts:
             self.rows |= receipt.rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline import memory
-from pipeline.engine import Engine
+from pipeline.engine import Engine, Waiting
 from pipeline.job import Job, Source, check_unchanged
 from pipeline.ledger import Item, Ledger, Work, block_key
 from pipeline.plan import Block, Piece, TensorPlan, plan_blocks
@@ -228,8 +228,9 @@ class Intake:
         try:
             if folder.is_local:  # on object stores two runs at once write the same bytes twice
                 for name in sorted(one.name for one in self.sources):  # in one order: two runs cannot wait for each other
-                    note = partial(self.engine.reporter.note, f"waiting for another run that ingests {name}")
-                    self._locks.enter_context(folder.lock(name, note))
+                    text = f"waiting for another run that ingests {name}"
+                    waiting = Waiting(self.engine.reporter, text, self.engine.check)
+                    self._locks.enter_context(folder.lock(name, waiting))
             for one in self.sources:
                 one.look()
                 if not one.whole:

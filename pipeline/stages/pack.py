@@ -41,6 +41,7 @@ class PackTask:
     sheet: Sheet
     tables: Store | None
     """Where the row tables of its tensors lie; None where a tensor's rows are the channels themselves, in one span."""
+    memory: int
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class _Digests:
         self._name, self._left = next(self._segments, ("", -1))
         self._segment = hashlib.sha256()
 
-    def update(self, data: bytes) -> None:
+    def update(self, data: bytes | memoryview) -> None:
         self.whole.update(data)
         view = memoryview(data)
         while view and self._left >= 0:
@@ -86,7 +87,7 @@ def _channels(task: PackTask, target: Target) -> NDArray[np.int32]:
     return RowTable.load(task.tables, target.slot.name).channel
 
 
-def _pieces(task: PackTask) -> Iterator[bytes]:
+def _pieces(task: PackTask) -> Iterator[bytes | memoryview]:
     """The bytes of the file: as it lies on the disk, or from its parts."""
     path = next((target.path for target in task.sheet.targets.values()), None)
     if path is not None:
@@ -98,7 +99,8 @@ def _pieces(task: PackTask) -> Iterator[bytes]:
         starts, size = target.part_starts, target.row_bytes
         keys = [part_key(target.file, target.slot.name, int(start)) for start in starts]
         ranges = part_ranges(_channels(task, target), starts)
-        yield from fetched(target.parts, [(keys[part], first * size, (first + rows) * size) for part, first, rows in ranges])
+        wanted = [(keys[part], first * size, (first + rows) * size) for part, first, rows in ranges]
+        yield from fetched(target.parts, wanted, task.memory // 4)
 
 
 def _segments(task: PackTask) -> Iterator[tuple[str, int]]:
@@ -114,7 +116,7 @@ def pack_file(task: PackTask) -> PackReceipt:
     """Digest a file and its spans and, where it does not lie there yet, put it into the staged folder."""
     digests = _Digests(_segments(task))
 
-    def digested() -> Iterator[bytes]:
+    def digested() -> Iterator[bytes | memoryview]:
         for piece in _pieces(task):
             digests.update(piece)
             yield piece
@@ -132,8 +134,8 @@ WORK: Work[PackTask, PackReceipt] = Work("pack", pack_file, priority=4)
 
 def pack_item(job: Job, sheet: Sheet, tables: Store | None) -> Item[PackTask, PackReceipt]:
     """The task of packing a file."""
-    ledger = Ledger(job.work.under("receipts/pack"), PackReceipt)
-    return Item(PackTask(job.staged, sheet, tables), sheet.name, block_key(sheet.name, sheet.size), ledger)
+    ledger = Ledger(job.receipts.under("pack"), PackReceipt)
+    return Item(PackTask(job.staged, sheet, tables, job.plan.memory), sheet.name, block_key(sheet.name, sheet.size), ledger)
 
 
 def _tensor_record(job: Job, name: str, table: RowTable, digests: list[str]) -> TensorRecord:

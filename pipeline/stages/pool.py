@@ -114,10 +114,10 @@ def _sheet(job: Job, name: str, slots: Mapping[Slot, TensorPlan]) -> Sheet:
     return Sheet(name, targets)
 
 
-def pool_sheet(job: Job, number: int, tensors: Sequence[TensorPlan], rows: Mapping[str, int]) -> Sheet:
-    """The file of a wave's pool rows, once their numbers are known. Waves count from 1."""
+def pool_sheet(job: Job, wave: tuple[int, int], tensors: Sequence[TensorPlan], rows: Mapping[str, int]) -> Sheet:
+    """The file of a wave's pool rows, once their numbers are known. ``wave``: its number, from 1, of how many."""
     slots = {Slot(tensor.name, tensor.dtype, (rows[tensor.name], tensor.width)): tensor for tensor in tensors}
-    return _sheet(job, shard_name("pool", number, len(job.plan.waves)), slots)
+    return _sheet(job, shard_name("pool", *wave), slots)
 
 
 def residue_sheets(job: Job) -> dict[str, Sheet]:

@@ -36,7 +36,7 @@ def _expert_records(waves: Waves) -> dict[str, ExpertRecord]:
             tied=dict(job.plan.ties[name]),
             parameters=source.parameters,
             reconstruction_error=(error / norm) ** 0.5 if norm else None,
-            trimmed_to=waves.measured.kept.get(name),
+            trimmed_to=waves.trimmed_to.get(name),
         )
     return records
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import memory
-from pipeline.engine import Engine
+from pipeline.engine import Engine, Waiting
 from pipeline.job import Job
 from pipeline.kernels import sizes
 from pipeline.kernels.clustering import Clustering
@@ -92,8 +91,6 @@ class Measured:
     """TIES: entries of this size and above are kept."""
     scales: Mapping[str, tuple[float, ...]]
     """DARE: what kept entries are multiplied by."""
-    kept: Mapping[str, float]
-    """Expert -> share of its entries that TIES keeps, equal values included."""
 
 
 def table_order(job: Job) -> tuple[str, ...]:
@@ -241,7 +238,7 @@ class Similarity:
         self.chunks: ChunkDigests = {}
         self.known: set[str] = set()
         """Tables that are there whole, by array."""
-        self.receipts: list[SimilarityReceipt] = []
+        self.scales: dict[str, tuple[float, ...]] = {}
         self.fresh: list[SimilarityReceipt] = []
         trims = {name: trimming.known_trims(job, name) for name in job.plan.experts} if trimming.is_trimmed(job) else {}
         self.trims = {name: [found] for name, found in trims.items() if found is not None}
@@ -253,8 +250,9 @@ class Similarity:
         folder, _, name = self.store.place.rpartition("/")
         try:
             if self.store.store.is_local:
-                note = partial(self.engine.reporter.note, "waiting for another run that compares the same experts")
-                self._locks.enter_context(open_store(folder).lock(name, note))
+                text = "waiting for another run that compares the same experts"
+                waiting = Waiting(self.engine.reporter, text, self.engine.check)
+                self._locks.enter_context(open_store(folder).lock(name, waiting))
             record = self.store.record()
             if record is not None and record.get("format") != DELTA_FORMAT:
                 self.store.store.clear("")
@@ -284,7 +282,7 @@ class Similarity:
         bases = [base for name in wanted if (base := job.plan.tensors[name].base) is not None]
         groups = tuple(expert_group(job.deltas, job.base.id, source.id) for source in job.experts.values())
         positions = tuple(job.plan.experts.index(name) for name in table_order(job))
-        ledger = Ledger(job.work.under("receipts/similarity"), SimilarityReceipt)
+        ledger = Ledger(job.receipts.under("similarity"), SimilarityReceipt)
         items = []
         for block in job.plan.blocks(bases) if bases else ():
             names = {piece.tensor for piece in block.pieces}
@@ -294,7 +292,10 @@ class Similarity:
                 job.work.under("counts"), merge.seed, merge.density, job.plan.memory, job.recipe.cluster.kernel,
                 self.engine.threads,
             )  # fmt: skip
-            covered = [[[p.tensor, p.start, p.stop] for p in block.pieces], {name: asdict(one) for name, one in asked.items()}]
+            covered = [
+                [[p.tensor, p.start, p.stop] for p in block.pieces],
+                {name: [_tables_for(job, job.plan.tensors[name]), one.bins, one.masses] for name, one in asked.items()},
+            ]
             items.append(Item(task, block.label, block_key(covered), ledger))
         return items
 
@@ -303,32 +304,43 @@ class Similarity:
         searches = {name: trimming.searches(self.job, name, tensors) for name in self.unknown}
         items = self._items(tensors, trimming.bins(self.job, searches, tensors))
         sizes = self.store.store.sizes() if items else {}
-        receipts, fresh = WORK.resume(
-            self.engine, items, lambda receipt: all(sizes.get(key) == size for key, (size, _) in receipt.chunks.items())
-        )
-        self.receipts += receipts
+
+        def holds(item: _Item, receipt: SimilarityReceipt) -> bool:
+            wanted = {table_array(kind, name) for name, one in item.task.wanted.items() for kind in one.tables}
+            if not wanted <= {key.rpartition("/")[0] for key in receipt.chunks}:
+                return False  # it found tables there that are lost by now
+            return all(sizes.get(key) == size for key, (size, _) in receipt.chunks.items())
+
+        receipts, fresh = WORK.resume(self.engine, items, holds)
         self.fresh += fresh
         for receipt in receipts:
             self.chunks.update(receipt.chunks)
-        for name, found in searches.items():
-            trims = trimming.settled(self.job, name, found, tensors, self.job.work.under("counts"))
+        self.scales |= _scales(self.job, receipts)
+        for name, trims in trimming.settled(self.job, searches, tensors, self.job.work.under("counts")).items():
             self.trims.setdefault(name, []).append(trims)
 
-    def measured(self) -> Measured:
-        """What is known of the tensors of all waves so far."""
-        scales = _scales(self.job, self.receipts)
+    def measured(self, tensors: Sequence[TensorPlan]) -> Measured:
+        """What is known of these tensors; of experts, over all that have come so far."""
+        scales = {tensor.name: self.scales[tensor.name] for tensor in tensors if tensor.name in self.scales}
         if not trimming.is_trimmed(self.job):
-            return Measured({}, scales, {})
-        whole = {name: trimming.together(self.trims[name]) for name in self.job.plan.experts}
+            return Measured({}, scales)
+        several = [self.trims[name] for name in self.job.plan.experts]
         thresholds = {
-            tensor.name: tuple(trimming.threshold_of(found, tensor.name) for found in whole.values())
-            for tensor in self.job.plan.combined
-            if all(trimming.has(found, tensor.name) for found in whole.values())
+            tensor.name: tuple(trimming.threshold_of(trims, tensor.name) for trims in several)
+            for tensor in tensors
+            if tensor.is_combined
         }
-        return Measured(thresholds, scales, {name: found.kept / found.entries for name, found in whole.items()})
+        return Measured(thresholds, scales)
+
+    def kept(self) -> dict[str, float]:
+        """Expert -> share of its entries that TIES keeps, equal values included."""
+        whole = {name: trimming.together(found) for name, found in self.trims.items()}
+        return {name: found.kept / found.entries for name, found in whole.items() if found.entries}
 
     def finish(self) -> StageResult:
-        """Declare the tables complete, and keep the thresholds."""
+        """Declare the tables complete, and keep the thresholds: other jobs will trust them, so no file may have changed."""
+        if self._wanted or self.unknown:
+            self.job.check_sources()
         if self._wanted:
             arrays = sorted(self.known | self._wanted)
             record = {"format": DELTA_FORMAT, "experts": self.ids, "arrays": arrays}

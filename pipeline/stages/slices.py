@@ -123,10 +123,11 @@ def chunks(
 ) -> Iterator[Slice]:
     """The piece, ``step`` rows at a time: a chunk of the delta store is what a task holds."""
     for start in range(piece.start, piece.stop, step):
-        if start + step < piece.stop:
-            for name, group in zip(experts, groups, strict=True):
-                if name in tensor.experts:
-                    group.ahead(tensor.name, delta_spec(tensor.experts[name]), start + step, start + 2 * step)
+        # the disk reads all experts' rows at once, and what comes next while these are at work
+        first = start if start == piece.start else start + step
+        for name, group in zip(experts, groups, strict=True):
+            if name in tensor.experts:
+                group.ahead(tensor.name, delta_spec(tensor.experts[name]), first, min(start + 2 * step, piece.stop))
         yield read_rows(tensor, experts, groups, start, min(start + step, piece.stop))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,12 @@ from numpy.typing import NDArray
 from pipeline.job import Job
 from pipeline.kernels.sizes import LOW, bin_of, threshold
 from pipeline.plan import TensorPlan
-from storage.arrays import ArrayGroup
+from storage.arrays import AT_ONCE, ArrayGroup, each
 from storage.atomic import canonical_json
 from storage.deltas import THRESHOLDS, expert_group, magnitudes_array, magnitudes_spec
 from storage.digests import digest_of
-from storage.parts import arrays_from_bytes, arrays_to_bytes
+from storage.errors import IncompleteStoreError
+from storage.parts import arrays_to_bytes, read_arrays
 from storage.stores import Store
 
 MODEL = ""
@@ -39,6 +41,8 @@ class Search:
     """It is the ``left``-th largest of those."""
     above: int
     """Entries larger than all of those."""
+    inside: int
+    """How many of those there are."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,9 @@ def searches(job: Job, expert: str, among: Sequence[TensorPlan]) -> dict[str, Se
         if k in (0, entries):
             found[scope] = ALL if k else NONE
             continue
-        high, left = bin_of(_magnitudes(group, tensors, expert), k)
-        found[scope] = Search(high, left, k - left)
+        magnitudes = _magnitudes(group, tensors, expert)
+        high, left = bin_of(magnitudes, k)
+        found[scope] = Search(high, left, k - left, int(magnitudes[high]))
     return found
 
 
@@ -131,35 +136,46 @@ def write_counts(folder: Store, tensor: str, start: int, counts: Mapping[int, ND
     folder.put(f"{tensor}/{start}.npz", arrays_to_bytes(arrays))
 
 
-def read_counts(folder: Store, tensors: Sequence[TensorPlan], n: int) -> NDArray[np.int64]:
-    """(LOW,) the low counts of an expert over these tensors."""
-    total = np.zeros(LOW, np.int64)
-    for tensor in tensors:
-        for name in folder.children(tensor.name):
-            stored = arrays_from_bytes(folder.get(f"{tensor.name}/{name}"))
-            if f"places{n}" in stored:
-                total[stored[f"places{n}"]] += stored[f"counts{n}"]
+def read_counts(folder: Store, tensors: Sequence[TensorPlan], experts: Sequence[int]) -> NDArray[np.int64]:
+    """(len(experts), LOW) the low counts of these experts, by position, over these tensors."""
+    total = np.zeros((len(experts), LOW), np.int64)
+    keys = [f"{tensor.name}/{name}" for tensor in tensors for name in folder.children(tensor.name)]
+    for start in range(0, len(keys), AT_ONCE):
+        for stored in each(partial(read_arrays, folder), keys[start : start + AT_ONCE], at_once=not folder.is_local):
+            for row, n in enumerate(experts):
+                if f"places{n}" in stored:
+                    total[row, stored[f"places{n}"]] += stored[f"counts{n}"]
     return total
 
 
-def settled(job: Job, expert: str, places: Mapping[str, Search | float], among: Sequence[TensorPlan], folder: Store) -> Trims:
-    """Turn an expert's searches among some tensors and the counted low bits into thresholds."""
-    n = job.plan.experts.index(expert)
-    thresholds: dict[str, float] = {}
-    kept = total = 0
-    for scope, tensors in _scopes(job, among).items():
+def settled(
+    job: Job, found: Mapping[str, Mapping[str, Search | float]], among: Sequence[TensorPlan], folder: Store
+) -> dict[str, Trims]:
+    """Turn experts' searches among some tensors and the counted low bits into thresholds."""
+    parts: dict[str, list[Trims]] = {expert: [] for expert in found}
+    positions = [job.plan.experts.index(expert) for expert in found]
+    for scope, tensors in _scopes(job, among).items() if found else ():
         entries = sum(tensor.base_rows * tensor.width for tensor in tensors)
-        place = places[scope]
-        total += entries
-        if isinstance(place, Search):
-            counts = read_counts(folder, tensors, n)
-            low, left = bin_of(counts, place.left)
-            thresholds[scope] = float(threshold(place.high, low))
-            kept += place.above + place.left - left + int(counts[low])
-        else:
-            thresholds[scope] = place
-            kept += entries if place == ALL else 0
-    return Trims(thresholds, kept, total)
+        counts = read_counts(folder, tensors, positions)
+        for row, expert in enumerate(found):
+            place = found[expert][scope]
+            if not isinstance(place, Search):
+                parts[expert].append(Trims({scope: place}, entries if place == ALL else 0, entries))
+                continue
+            if int(counts[row].sum()) != place.inside:
+                raise _lost(job, folder, scope)
+            low, left = bin_of(counts[row], place.left)
+            kept = place.above + place.left - left + int(counts[row][low])
+            parts[expert].append(Trims({scope: float(threshold(place.high, low))}, kept, entries))
+    return {expert: together(several) for expert, several in parts.items()}
+
+
+def _lost(job: Job, folder: Store, scope: str) -> IncompleteStoreError:
+    """Counts that are not all there: whoever wrote them has to do it again."""
+    job.receipts.under("similarity").clear("")
+    error = IncompleteStoreError(f"{folder.place}: counts of {scope or 'the model'} are lost. Run again: they are made anew.")
+    error.damaged = (folder.place, "counts")
+    return error
 
 
 def together(parts: Sequence[Trims]) -> Trims:
@@ -175,11 +191,10 @@ def keep(job: Job, expert: str, trims: Trims) -> None:
     job.deltas.put(_key(job, expert), canonical_json({**record, "digest": digest_of(record)}))
 
 
-def has(trims: Trims, tensor: str) -> bool:
-    """Whether a tensor's threshold is known."""
-    return tensor in trims.thresholds or MODEL in trims.thresholds
-
-
-def threshold_of(trims: Trims, tensor: str) -> float:
-    """An expert's threshold for a tensor, whatever the scope."""
-    return trims.thresholds[tensor if tensor in trims.thresholds else MODEL]
+def threshold_of(parts: Sequence[Trims], tensor: str) -> float:
+    """An expert's threshold for a tensor, whatever the scope; the last part is looked at first."""
+    for part in reversed(parts):
+        for name in (tensor, MODEL):
+            if name in part.thresholds:
+                return part.thresholds[name]
+    raise AssertionError(f"{tensor} has no threshold")

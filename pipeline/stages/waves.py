@@ -62,7 +62,8 @@ class Waves:
         self.grouping = Grouping(job, engine)
         self.health: Mapping[str, Health] = {}
         self.health_notes: tuple[str, ...] = ()
-        self.measured = Measured({}, {}, {})
+        self.trimmed_to: dict[str, float] = {}
+        """Expert -> share of its entries that TIES keeps."""
         self.merged: list[MergeReceipt] = []
         self.packed: Packed | None = None
         self.seconds: dict[str, float] = {}
@@ -113,7 +114,7 @@ class Waves:
                 for n, tensors in enumerate(self.waves):
                     self._ingested[n].result()
                     self._measure(measuring, tensors)
-                    self._group(n, measuring.measured())
+                    self._group(n, measuring.measured(tensors))
                 self._finish(measuring)
         self.engine.reporter.done("similarity")
         self.engine.reporter.done("cluster")
@@ -127,8 +128,8 @@ class Waves:
             self.grouping.look_at_all()
         for note in self.grouping.notes:
             self.engine.reporter.note(note)
-        for n in range(len(self.waves)):
-            self._group(n, self.measured)
+        for n, tensors in enumerate(self.waves):
+            self._group(n, measuring.measured(tensors))
 
     def _measure(self, measuring: similarity.Similarity, tensors: Sequence[TensorPlan]) -> None:
         with self._timed("similarity"):
@@ -137,7 +138,7 @@ class Waves:
     def _finish(self, measuring: similarity.Similarity) -> None:
         with self._timed("similarity"):
             result = measuring.finish()
-            self.measured = measuring.measured()
+            self.trimmed_to = measuring.kept()
         self.moved |= {"similarity read": result.bytes_read, "similarity written": result.bytes_written}
 
     def _group(self, n: int, measured: Measured) -> None:
@@ -155,24 +156,24 @@ class Waves:
             for n, tensors in enumerate(self.waves):
                 measured = self._grouped[n].result()
                 with self._timed("merge"):
-                    sheet = pool_sheet(job, n + 1, tensors, self.grouping.rows)
+                    sheet = pool_sheet(job, (n + 1, len(self.waves)), tensors, self.grouping.rows)
                     items = self._merge_items(tensors, sheet, residues, measured)
                     is_new = any([sheet.allocate(), *made])
                     done = None if is_new else self._packed(sheet)
                     receipts, now = merge.WORK.resume(self.engine, items, self._merged_before(done, is_new=is_new))
                 self.merged += receipts
                 read, written = read + sum(r.bytes_read for r in now), written + sum(r.bytes_written for r in now)
-                self._merged[n].set_result(_Merged(sheet, None if now else done))
+                self._merged[n].set_result(_Merged(sheet, done))
         merge.check_finite(job, self.merged)
         self.moved |= {"merge read": read, "merge written": written}
         self.engine.reporter.done("merge")
 
-    def _merged_before(self, done: PackReceipt | None, *, is_new: bool) -> Callable[[MergeReceipt], bool]:
+    def _merged_before(self, done: PackReceipt | None, *, is_new: bool) -> Callable[[Any, MergeReceipt], bool]:
         """Whether what a receipt says of a wave is still there: in its packed file, its local file, or its parts."""
         if is_new or done is not None or self.job.output.is_local:
-            return lambda _: not is_new
+            return lambda _, __: not is_new
         held = self.job.work.under("parts").sizes()
-        return lambda receipt: all(part in held for part in receipt.parts)
+        return lambda _, receipt: all(part in held for part in receipt.parts)
 
     def _packed(self, sheet: Sheet) -> PackReceipt | None:
         """The receipt of a file that an earlier run has packed, if it is still there."""
@@ -185,7 +186,7 @@ class Waves:
         self, tensors: Sequence[TensorPlan], sheet: Sheet, residues: Mapping[str, Sheet], measured: Measured
     ) -> list[Item[MergeTask, MergeReceipt]]:
         job = self.job
-        ledger = Ledger(job.work.under("receipts/merge"), MergeReceipt)
+        ledger = Ledger(job.receipts.under("merge"), MergeReceipt)
         groups = tuple(expert_group(job.deltas, job.base.id, source.id) for source in job.experts.values())
         weights = tuple(job.recipe.experts[name].weight for name in job.plan.experts)
         items = []

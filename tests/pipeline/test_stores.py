@@ -52,10 +52,10 @@ def test_counts_of_a_tensor_are_not_those_of_one_whose_name_begins_alike(tmp_pat
             here = counts.copy()
             here[place] = start + 1
             write_counts(folder, name, start, {1: here})
-    found = read_counts(folder, [TensorPlan("a.weight", "merge", 2, None, {})], 1)
+    found = read_counts(folder, [TensorPlan("a.weight", "merge", 2, None, {})], [1])[0]
     assert found.nonzero()[0].tolist() == [3]
     assert found[3] == 10
-    assert not read_counts(folder, [TensorPlan("a.weight", "merge", 2, None, {})], 0).any()
+    assert not read_counts(folder, [TensorPlan("a.weight", "merge", 2, None, {})], [0]).any()
 
 
 def declare(outcome: Outcome, path: Path) -> None:
