@@ -65,10 +65,12 @@ class Site:
     store_bytes: float
     """Bytes a second of the object store, all workers together."""
     request_seconds: float
-    """Of a request to the store before its first byte. A worker makes one at a time."""
+    """Of a request to the store before its first byte."""
     client_cores: int
     sources_local: bool
     """Whether checkpoints are files that the client hashes; else the base is copied into the delta store."""
+    at_once: int = 1
+    """Requests that a worker makes at once: a chunk's arrays are written together, experts' chunks read together."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +269,7 @@ def timed(work: Work, workers: int, rates: Rates, site: Site) -> Timed:
     parts = {
         "cores": work.core_seconds * share,
         "network": work.moved * share / site.worker_bytes,
-        "requests": work.requests * share * site.request_seconds,
+        "requests": work.requests * share * site.request_seconds / site.at_once,
     }
     limits = {
         max(parts, key=lambda part: parts[part]): sum(parts.values()),
