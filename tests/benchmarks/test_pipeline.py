@@ -13,7 +13,7 @@ import pytest
 from benchmarks import floor
 from benchmarks.pipeline import ratios, report
 
-NUMBERS = 200
+NUMBERS = 1000
 """Bytes by which a manifest may differ from round to round: it holds the seconds of the stages."""
 SCRIPT = [sys.executable, "-m", "benchmarks.pipeline"]
 

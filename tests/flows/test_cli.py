@@ -351,12 +351,13 @@ def test_a_reader_that_leaves_changes_no_answer(family: Family, breakage: Breaka
 def test_an_interrupted_run_says_what_it_keeps_and_goes_on_from_there(family: Family, tmp_path: Path) -> None:
     recipe = family.recipe()
     program = (  # the command, with a stage that waits to be interrupted after the experts are ingested
-        "import sys, time\nfrom flows import cli\nfrom pipeline.stages import waves\n"
+        "import signal, sys, time\nfrom flows import cli\nfrom pipeline.stages import waves\n"
         "def group(self):\n    while 'ingest written' not in self.moved:\n        time.sleep(0.1)\n"
         "    print('waiting', flush=True)\n"
         "    with waves._ending(self._grouped):\n"
         "        self.engine.run('wait', time.sleep, [0.1] * 1000, ['short'] * 1000)\n"
         "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # in the background of a shell it is ignored
         "    waves.Waves.group = group\n    sys.argv = ['channel-merge', 'run', sys.argv[1]]\n    cli.main()"
     )
     line = [sys.executable, "-c", program, str(recipe)]

@@ -177,7 +177,7 @@ def test_a_worker_that_comes_later_is_used(tmp_path: Path) -> None:
 
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from flows import cli, run
 from pipeline.engine import open_engine
@@ -189,6 +189,7 @@ def wait(recipe, reporter):
         engine.run("merge", sleep_when_told, [(Path(sys.argv[-1]) / f"block {n}", 300.0) for n in range(2)], ["a", "b"])
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
     run.run_recipe, folder = wait, sys.argv[-1]
     recipe = "name: x\\nbase: ./base\\nexperts: {a: ./a}\\noutput: ./out\\nmerge: {groups: 1}"
     Path(folder, "recipe.yaml").write_text(recipe)
