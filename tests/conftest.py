@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parent.parent / ".py
 
 from hypothesis import settings
 
+from storage.stores import Store, open_store
+from tests.support.places import BUCKET, KINDS, bucket_on, moto_server
+from tests.support.store_gateway import Gateway
 from tests.support.tiny_experts import Family, write_family
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60)
@@ -36,3 +40,26 @@ def family(tmp_path: Path) -> Family:
 def tiny_mistral() -> Path:
     """The trained family of the demo."""
     return Path(__file__).parent.parent / "examples" / "tiny-mistral"
+
+
+@pytest.fixture(scope="module")
+def moto() -> Iterator[str]:
+    """The address of an object store on loopback."""
+    with moto_server() as url:
+        yield url
+
+
+@pytest.fixture
+def gateway(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
+    """An empty bucket behind what records and disturbs requests."""
+    with bucket_on(moto, monkeypatch) as gateway:
+        yield gateway
+
+
+@pytest.fixture(params=KINDS)
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An empty output, here or there."""
+    if request.param == "s3":
+        request.getfixturevalue("gateway")
+        return open_store(f"s3://{BUCKET}/team/output")
+    return open_store(str(tmp_path / "output"))

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,24 +20,12 @@ from pipeline.job import Job
 from pipeline.recipe import load_recipe
 from storage.artifact import Artifact
 from storage.stores import open_store
-from tests.support.places import BUCKET, bucket_on, moto_server
+from tests.support.places import BUCKET
 from tests.support.running import command, merged
 from tests.support.store_gateway import Gateway
 from tests.support.tiny_experts import NAMES, Family
 
 TIES = {"merge.method": "ties", "merge.density": 0.5, "merge.trim_scope": "tensor"}
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[str]:
-    with moto_server() as url:
-        yield url
-
-
-@pytest.fixture
-def gateway(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
-    with bucket_on(moto, monkeypatch) as gateway:
-        yield gateway
 
 
 def recipe_of(family: Family, *names: str, **changes: Any) -> Path:

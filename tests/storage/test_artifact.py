@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,32 +16,11 @@ from storage.errors import ArtifactError, StoreError
 from storage.layout import LATEST, MANIFEST
 from storage.manifest import FileRecord, Manifest, version_of
 from storage.stores import Store, open_store
-from tests.support.places import BUCKET, KINDS, bucket_on, fill, moto_server
+from tests.support.places import BUCKET, fill
 from tests.support.small_artifacts import EXPERTS, SmallArtifact, recorded, write_files, write_version
 from tests.support.store_gateway import Gateway
 
 POOL = "pool-00001-of-00002.safetensors"
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[str]:
-    with moto_server() as url:
-        yield url
-
-
-@pytest.fixture
-def gateway(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
-    with bucket_on(moto, monkeypatch) as gateway:
-        yield gateway
-
-
-@pytest.fixture(params=KINDS)
-def output(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    """An empty output, here or there."""
-    if request.param == "s3":
-        request.getfixturevalue("gateway")
-        return open_store(f"s3://{BUCKET}/team/output")
-    return open_store(str(tmp_path / "output"))
 
 
 @pytest.fixture

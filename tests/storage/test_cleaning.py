@@ -7,7 +7,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +23,7 @@ from storage.deltas import run_record, table_group
 from storage.errors import StoreError
 from storage.needed import BusyError, is_busy, raise_busy, survey
 from storage.stores import Store, open_store
-from tests.support.places import BUCKET, KINDS, bucket_on, moto_server
+from tests.support.places import BUCKET, KINDS
 from tests.support.store_gateway import Gateway
 
 NOW = datetime.now(UTC)
@@ -33,18 +33,6 @@ A, B, C, D = (letter * 40 for letter in "abcd")
 FIRST, SECOND, THIRD = ("1" * 64, "2" * 64, "3" * 64)
 """Inputs of jobs."""
 GONE = "/nowhere/at/all/output"
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[str]:
-    with moto_server() as url:
-        yield url
-
-
-@pytest.fixture
-def gateway(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
-    with bucket_on(moto, monkeypatch) as gateway:
-        yield gateway
 
 
 @pytest.fixture(params=KINDS)

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,31 +16,11 @@ from storage.errors import ArtifactError, OutputExistsError, StoreError
 from storage.layout import LATEST, MANIFEST
 from storage.publishing import _point_latest, check_output, find_by_inputs, make_latest, publish, staged_files
 from storage.stores import Store, open_store
-from tests.support.places import BUCKET, KINDS, bucket_on, fill, moto_server
+from tests.support.places import BUCKET, fill
 from tests.support.small_artifacts import SmallArtifact, write_files
 from tests.support.store_gateway import Gateway
 
 STAGED = f"{WORK}/job/staged"
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[str]:
-    with moto_server() as url:
-        yield url
-
-
-@pytest.fixture
-def gateway(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
-    with bucket_on(moto, monkeypatch) as gateway:
-        yield gateway
-
-
-@pytest.fixture(params=KINDS)
-def output(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    if request.param == "s3":
-        request.getfixturevalue("gateway")
-        return open_store(f"s3://{BUCKET}/team/output")
-    return open_store(str(tmp_path / "output"))
 
 
 @pytest.fixture

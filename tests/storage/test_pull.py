@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +23,12 @@ from storage.local_store import LocalStore
 from storage.manifest import FileRecord, version_of
 from storage.pull import pull
 from storage.stores import Store, open_store
-from tests.support.places import BUCKET, KINDS, bucket_on, filled, moto_server
+from tests.support.places import BUCKET, KINDS, filled
 from tests.support.running import command
 from tests.support.small_artifacts import EXPERTS, SmallArtifact, write_version
 from tests.support.store_gateway import Gateway, Step
 
 POOL = "pool-00001-of-00002.safetensors"
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[str]:
-    with moto_server() as url:
-        yield url
-
-
-@pytest.fixture
-def gateway(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
-    with bucket_on(moto, monkeypatch) as gateway:
-        yield gateway
 
 
 @pytest.fixture
