@@ -287,8 +287,31 @@ def test_the_death_of_its_holder_frees_a_lock(store: Store) -> None:
             holder.send_signal(signal.SIGKILL)
 
         with store.lock("merge", waiting):
-            assert waited == [1]
+            assert waited
             assert holder.wait() == -signal.SIGKILL
+
+
+def test_a_wait_for_a_lock_can_be_given_up(store: Store) -> None:
+    """By what is called while it lasts; the holder keeps it."""
+    calls: list[int] = []
+
+    def waiting() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise InterruptedError("no longer wanted")
+
+    with store.lock("merge", lambda: None):
+        with pytest.raises(InterruptedError, match="no longer wanted"), store.lock("merge", waiting):
+            calls.append(1)
+        assert len(calls) == 3
+        with pytest.raises(InterruptedError, match="again"), store.lock("merge", again):
+            calls.append(1)
+    with store.lock("merge", again):
+        assert len(calls) == 3
+
+
+def again() -> None:
+    raise InterruptedError("again")
 
 
 def test_a_lock_is_held_until_its_holder_ends(store: Store) -> None:
