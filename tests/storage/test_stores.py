@@ -20,17 +20,11 @@ from storage import leases
 from storage.local_store import LocalStore
 from storage.object_store import ObjectStore
 from storage.stores import Store, open_store
-from tests.support.store_gateway import SECRET, Gateway, empty_bucket, moto_server
+from tests.support.store_gateway import SECRET, Gateway, empty_bucket
 
 BUCKET = "outputs"
 ROOT = Path(__file__).parents[2]
 QUICK = "from storage import leases; leases.LEASE_BEAT_S, leases.LEASE_TTL_S, leases.LEASE_POLL_S = 0.1, 2.0, 0.02"
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[str]:
-    with moto_server() as url:
-        yield url
 
 
 @pytest.fixture
