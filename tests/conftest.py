@@ -15,8 +15,8 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parent.parent / ".py
 from hypothesis import settings
 
 from storage.stores import Store, open_store
-from tests.support.places import BUCKET, KINDS, bucket_on, moto_server
-from tests.support.store_gateway import Gateway
+from tests.support.places import BUCKET, KINDS, bucket_on
+from tests.support.store_gateway import Gateway, moto_server
 from tests.support.tiny_experts import Family, write_family
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60)

@@ -18,15 +18,9 @@ from storage.errors import CheckpointError, SourceError
 from storage.files import open_local
 from storage.headers import read_header
 from storage.objects import HEAD_BYTES, ObjectFile, ObjectFolder, open_objects
-from tests.support.store_gateway import SECRET, Gateway, empty_bucket, moto_server
+from tests.support.store_gateway import SECRET, Gateway, empty_bucket
 
 BUCKET = "checkpoints"
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[str]:
-    with moto_server() as url:
-        yield url
 
 
 @pytest.fixture

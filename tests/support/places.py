@@ -9,7 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from moto.server import ThreadedMotoServer
 
 from storage import buckets, leases, objects
 from storage.stores import Store, open_store
@@ -17,16 +16,6 @@ from tests.support.store_gateway import SECRET, Gateway
 
 BUCKET = "artifacts"
 KINDS = ("local", "s3")
-
-
-@contextmanager
-def moto_server() -> Iterator[str]:
-    """The address of an object store on loopback."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
 
 
 @contextmanager
