@@ -13,6 +13,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -97,8 +99,13 @@ def _write_adapter(folder: Path, module: str, rows: int, width: int, generator: 
     save_file(factors, folder / "adapter_model.safetensors")
 
 
-STAGES = {"ingest": "ingest", "similarity": "group", "merge": "merge"}
-"""What is measured, and what does it; the stages before are found finished in the stores."""
+STAGES = ("ingest", "similarity", "merge")
+"""What is measured; the stages before are found finished in the stores."""
+
+
+def _ingest(waves: Waves) -> None:
+    for expert in waves.incoming:
+        waves.ingest(expert)
 
 
 def in_own_process(job: Job, stage: str) -> int:
@@ -106,11 +113,16 @@ def in_own_process(job: Job, stage: str) -> int:
     here, there = multiprocessing.get_context("fork").Pipe()
 
     def work() -> None:
-        waves = Waves(job, SerialEngine(Silent()))
-        for before in list(STAGES)[: list(STAGES).index(stage)]:
-            getattr(waves, STAGES[before])()
-        with Peak() as peak:
-            getattr(waves, STAGES[stage])()
+        with Waves(job, SerialEngine(Silent())) as waves:
+            stages: dict[str, Callable[[], None]] = {
+                "ingest": partial(_ingest, waves),
+                "similarity": waves.group,
+                "merge": waves.merge,
+            }
+            for before in STAGES[: STAGES.index(stage)]:
+                stages[before]()
+            with Peak() as peak:
+                stages[stage]()
         there.send(peak.grown)
 
     process = multiprocessing.get_context("fork").Process(target=work)

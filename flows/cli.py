@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from flows.output import counted, listed, say, say_json, say_lines, say_table, told
-from storage.errors import ChannelMergingError
+from storage.errors import ChannelMergingError, together
 
 app = typer.Typer(
     help="Keep N fine-tuned experts at the memory of K (Channel Merging, arXiv 2412.15283).",
@@ -117,7 +117,7 @@ def plan(
         for line in (*planning.totals(found), *(f"note: {note}" for note in found.notes)):
             say(line)
     if found.errors:
-        raise planning.together(found.errors)
+        raise together(found.errors)
 
 
 @app.command()
@@ -222,6 +222,47 @@ def verify(artifact: ArtifactPlace) -> None:
         raise typer.Exit(1)
     size = sum(record.bytes for record in found.manifest.files.values())
     say(f"ok: {counted(len(found.manifest.files), 'file')}, {counted(size, 'byte')}, version {found.manifest.version}")
+
+
+@app.command()
+def report(
+    artifact: ArtifactPlace,
+    dest: Annotated[Path, typer.Argument(help="The page to write.")] = Path("report.html"),
+    as_json: AsJson = False,
+) -> None:
+    """Write an artifact's report, one HTML page: sizes, errors, which experts share rows where, the router, timings."""
+    from serving.report import analysis, report_html
+    from storage.artifact import Artifact
+    from storage.local_store import LocalStore
+
+    manifest = Artifact(artifact).manifest
+    if as_json:
+        say_json(analysis(manifest))
+        return
+    target = dest.absolute()
+    LocalStore(target.parent).put(target.name, report_html(manifest).encode())
+    say(f"the report of {manifest.name} version {manifest.version} is at {dest}")
+
+
+@app.command()
+def latest(
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Where versions are published: a folder or a URL.")],
+    set_: Annotated[str | None, typer.Option("--set", metavar="VERSION", help="Let this version be the latest.")] = None,
+) -> None:
+    """Say which version of an output is the latest, or let an earlier one be it again."""
+    from storage import publishing
+    from storage.artifact import Artifact
+    from storage.artifact import latest as read_latest
+    from storage.errors import ArtifactError
+    from storage.stores import open_store
+
+    store = open_store(output)
+    if set_ is not None:
+        found = Artifact(store.under(set_))
+        if problems := found.misfits():
+            raise ArtifactError.listing(f"{found.place} is not whole. Choose another version", problems)
+        publishing.make_latest(store, set_, lambda: typer.echo("waiting for a run that publishes", err=True))
+    say(read_latest(store)["version"])
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -18,17 +18,10 @@ from pipeline.plan import TensorPlan
 from pipeline.recipe import Recipe
 from pipeline.vocabulary import compare_vocabularies
 from storage.checkpoint import Checkpoint
-from storage.errors import ChannelMergingError, PlanError
+from storage.errors import ChannelMergingError, PlanError, together
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 Found = TypeVar("Found")
-
-
-def together(errors: Sequence[ChannelMergingError]) -> ChannelMergingError:
-    """One error for all of them."""
-    if len(errors) == 1:
-        return errors[0]
-    return PlanError.listing("the recipe cannot be run", [problem for error in errors for problem in listed(error)])
 
 
 @dataclass(frozen=True)

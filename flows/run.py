@@ -5,29 +5,34 @@ from __future__ import annotations
 import datetime
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from pipeline.engine import Cancelled, Engine, Reporter, Waiting, open_engine
 from pipeline.job import Job, resolve
-from pipeline.recipe import Recipe, load_recipe
+from pipeline.recipe import Recipe, RouterSection, load_recipe
 from router_training.data import load_queries
+from serving.documents import with_documents
 from storage.atomic import canonical_json
 from storage.deltas import JOB, run_record
-from storage.errors import ChannelMergingError, IncompleteStoreError, RecipeError
+from storage.errors import ChannelMergingError, IncompleteStoreError, RecipeError, together
 from storage.manifest import Manifest
 from storage.publishing import find_by_inputs, make_latest
-from storage.stores import open_store
+from storage.stores import Store, open_store
 
 WRONG_INPUT = RecipeError.exit_code
 REPAIRS = 5
 """Damaged chunks of the delta store that one run makes anew."""
+
+INGEST = "ingest "
+"""Begins the name of a step that brings one expert."""
 
 Result = TypeVar("Result")
 
@@ -82,30 +87,43 @@ def _outcome(job: Job, manifest: Manifest, *, is_new: bool) -> Outcome:
     return Outcome(manifest.version, job.output.under(manifest.version).place, is_new, manifest)
 
 
+def job_record(name: str, output: Store, base: str, experts: Iterable[str]) -> bytes:
+    """``job.json``: whose unfinished work it is, and what it needs."""
+    return canonical_json(
+        {
+            "name": name,
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "host": platform.node(),
+            "output": output.place,
+            "base": base,
+            "experts": sorted(experts),
+        }
+    )
+
+
 @contextmanager
-def workplace(job: Job, reporter: Reporter) -> Iterator[None]:
-    """The job's place for unfinished work, this run's alone; kept when the run fails, as the next one goes on from there."""
-    waiting = Waiting(reporter, f"waiting for another run of the same inputs that writes {job.work.place}")
-    with job.output.lock(job.place_of_work, waiting):
-        record = canonical_json(
-            {
-                "name": job.recipe.name,
-                "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "host": platform.node(),
-                "output": job.output.place,
-                "base": job.base.id,
-                "experts": sorted(source.id for source in job.experts.values()),
-            }
-        )
-        job.work.put(JOB, record)
-        job.deltas.put(run_record(job.base.id, job.inputs), record)
+def holding(output: Store, place: str, record: bytes, reporter: Reporter) -> Iterator[None]:
+    """A place for unfinished work, this run's alone; kept when the run fails, as the next one goes on from there."""
+    work = output.under(place)
+    waiting = Waiting(reporter, f"waiting for another run of the same inputs that writes {work.place}")
+    with output.lock(place, waiting):
+        work.put(JOB, record)
         try:
             yield
         except ChannelMergingError as error:
-            if error.exit_code == WRONG_INPUT:  # these inputs will not be run again
-                job.work.clear("")
+            if is_wrong_input(error):  # these inputs will not be run again
+                work.clear("")
             raise
-        job.work.clear("")
+        work.clear("")
+
+
+@contextmanager
+def workplace(job: Job, reporter: Reporter) -> Iterator[None]:
+    """The job's place for unfinished work."""
+    record = job_record(job.recipe.name, job.output, job.base.id, (source.id for source in job.experts.values()))
+    with holding(job.output, job.place_of_work, record, reporter):
+        job.deltas.put(run_record(job.base.id, job.inputs), record)
+        yield
 
 
 def prepare(recipe: Recipe) -> Job:
@@ -119,59 +137,87 @@ def check_queries(recipe: Recipe) -> None:
         load_queries({name: Path(place) for name, place in recipe.router.queries.items()})
 
 
-def directly(name: str, body: Callable[[], Result]) -> Result:
-    """Run a step as it is."""
-    return body()
+class Conductor:
+    """How the steps of a run are carried out: here, as they are. A flow makes a task run of each."""
+
+    def step(self, name: str, body: Callable[[], Result]) -> Result:
+        """Run one step and return what its body returns. Called from several threads at once."""
+        return body()
+
+    @contextmanager
+    def cluster(self) -> Iterator[None]:
+        """Holds what computes, while blocks are computed."""
+        yield
+
+    def planned(self, job: Job) -> None:
+        """Called within the step that plans."""
 
 
-Step = Callable[[str, Callable[[], Any]], Any]
-"""``step(name, body)`` runs one step and returns what the body returns: a flow makes a task run of each."""
+def _at_once(engine: Engine, conductor: Conductor, bodies: Mapping[str, Callable[[], None]]) -> None:
+    """Run steps that wait for each other's waves. When one fails all end, and its error is raised.
 
-
-def _at_once(engine: Engine, step: Step, bodies: Mapping[str, Callable[[], None]]) -> None:
-    """Run steps that wait for each other's waves. The first that fails ends all, and its error is raised."""
+    When what an expert brings is wrong, the others are looked at too: all that is wrong is one error.
+    """
     with ThreadPoolExecutor(len(bodies), thread_name_prefix="step") as pool:
-        steps = [pool.submit(copy_context().run, step, name, body) for name, body in bodies.items()]
+        steps = {name: pool.submit(copy_context().run, conductor.step, name, body) for name, body in bodies.items()}
+        incoming = [future for name, future in steps.items() if name.startswith(INGEST)]
         try:
-            wait(steps, return_when=FIRST_EXCEPTION)
+            wait(steps.values(), return_when=FIRST_EXCEPTION)
+            if any(future.done() and is_wrong_input(future.exception()) for future in incoming):
+                wait(incoming)
         finally:
-            if not all(one.done() for one in steps):  # one has failed, or the run was interrupted
+            if not all(future.done() for future in steps.values()):  # one has failed, or the run was interrupted
                 engine.cancel()
-    errors = [error for one in steps if (error := one.exception()) is not None]
+    errors = [error for future in steps.values() if (error := future.exception()) is not None]
+    if wrong := [error for error in errors if isinstance(error, ChannelMergingError) and is_wrong_input(error)]:
+        raise together(wrong)
     for error in sorted(errors, key=lambda error: isinstance(error, Cancelled)):
         raise error
 
 
-def _train(job: Job, reporter: Reporter) -> dict[str, Any] | None:
-    """Train the router into the staged artifact."""
-    section = job.recipe.router
-    if section.kind == "none":
+def is_wrong_input(error: BaseException | None) -> bool:
+    """Whether a run failed for what it was given, so that the same run fails again."""
+    return isinstance(error, ChannelMergingError) and error.exit_code == WRONG_INPUT
+
+
+def train_into(staged: Store, router: RouterSection, queries: Mapping[str, str], seed: int, reporter: Reporter) -> Any:
+    """Train a router into what is staged; what was measured of it, None when the recipe wants none.
+
+    ``queries``: sha256 of the file of every expert.
+    """
+    if router.kind == "none":
         return None
     from router_training.linear import train_router
 
     reporter.start("router", 1)
-    sources = {name: Path(place) for name, place in section.queries.items()}
+    sources = {name: Path(place) for name, place in router.queries.items()}
     with TemporaryDirectory() as folder:
-        card = train_router(sources, dict(job.queries), job.recipe.merge.seed, Path(folder) / "router")
+        card = train_router(sources, dict(queries), seed, Path(folder) / "router")
         for path in sorted((Path(folder) / "router").iterdir()):
-            job.staged.put(f"router/{path.name}", path.read_bytes())
+            staged.put(f"router/{path.name}", path.read_bytes())
     reporter.advance("router", "linear")
     reporter.done("router")
     return card
 
 
-def _make(job: Job, engine: Engine, step: Step) -> Outcome:
+def _train(job: Job, reporter: Reporter) -> Any:
+    return train_into(job.staged, job.recipe.router, job.queries, job.recipe.merge.seed, reporter)
+
+
+def _make(job: Job, engine: Engine, conductor: Conductor) -> Outcome:
     """Everything from the sources to the published version."""
     from pipeline.stages import publish
     from pipeline.stages.waves import Waves
 
-    waves = Waves(job, engine)
-    _at_once(engine, step, {"ingest": waves.ingest, "similarity": waves.group, "merge": waves.merge, "pack": waves.pack})
+    with Waves(job, engine) as waves:
+        steps: dict[str, Callable[[], None]] = {f"{INGEST}{expert}": partial(waves.ingest, expert) for expert in waves.incoming}
+        _at_once(engine, conductor, {**steps, "similarity": waves.group, "merge": waves.merge, "pack": waves.pack})
     started = time.monotonic()
-    router = step("router", lambda: _train(job, engine.reporter))
+    router = conductor.step("router", lambda: _train(job, engine.reporter))
     waves.seconds["router"] = round(time.monotonic() - started, 3)
+    manifest = conductor.step("report", lambda: with_documents(job.staged, publish.describe(waves, router)))
     waiting = Waiting(engine.reporter, f"waiting for another run that publishes in {job.output.place}", engine.check)
-    manifest, is_new = step("publish", lambda: publish.publish(waves, router, waiting))
+    is_new = conductor.step("publish", lambda: publish.publish(job, manifest, waiting))
     return _outcome(job, manifest, is_new=is_new)
 
 
@@ -189,13 +235,22 @@ def _discard(damaged: tuple[str, str], reporter: Reporter) -> None:
     open_store(place).delete([key])
 
 
-def run_recipe(recipe: Recipe, reporter: Reporter, step: Step = directly) -> Outcome:
+def _plan(job: Job, conductor: Conductor) -> None:
+    """Look at the plan, and at samples of the experts, before anything is fetched."""
+    from pipeline.stages import health
+
+    health.probe(job)
+    conductor.planned(job)
+
+
+def run_recipe(recipe: Recipe, reporter: Reporter, conductor: Conductor | None = None) -> Outcome:
     """Resolve a recipe and make its artifact; do nothing when the same inputs have been published.
 
     Goes on where an earlier run of the same inputs ended. What is damaged in the delta store is made anew.
     """
+    conductor = conductor or Conductor()
     reporter.start("resolve", 1)
-    job: Job = step("resolve", lambda: prepare(recipe))
+    job = conductor.step("resolve", lambda: prepare(recipe))
     reporter.advance("resolve", f"{len(job.plan.tensors)} tensors")
     reporter.done("resolve")
     for note in job.plan.notes:
@@ -205,13 +260,19 @@ def run_recipe(recipe: Recipe, reporter: Reporter, step: Step = directly) -> Out
     with workplace(job, reporter):
         if found := unchanged(job):  # by a run that this one has waited for
             return found
-        for left in reversed(range(REPAIRS + 1)):
-            try:
-                with open_engine(recipe.cluster, reporter) as engine:
-                    engine.check_places(*_local_places(job))
-                    return _make(job, engine, step)
-            except IncompleteStoreError as error:
-                if error.damaged is None or not left:
-                    raise
-                _discard(error.damaged, reporter)
+        conductor.step("plan", lambda: _plan(job, conductor))
+        with conductor.cluster():
+            return _made(job, reporter, conductor)
+
+
+def _made(job: Job, reporter: Reporter, conductor: Conductor) -> Outcome:
+    for left in reversed(range(REPAIRS + 1)):
+        try:
+            with open_engine(job.recipe.cluster, reporter) as engine:
+                engine.check_places(*_local_places(job))
+                return _make(job, engine, conductor)
+        except IncompleteStoreError as error:
+            if error.damaged is None or not left:
+                raise
+            _discard(error.damaged, reporter)
     raise AssertionError("the last attempt returns or raises")

@@ -174,14 +174,14 @@ def _artifact_bytes(plan: MergePlan, opened: Opened, entries: Mapping[str, int])
     return pool + indices + named * (2 + len(opened.experts)) + beside
 
 
-def _blocks(plan: MergePlan, base: Iterable[TensorInfo]) -> int:
-    """Tasks of ingest, similarity and merge in a first run."""
+def stage_blocks(plan: MergePlan, base: Iterable[TensorInfo]) -> dict[str, int]:
+    """Tasks of every stage that reads weights, in a first run. ``base``: its tensors that are copied into the store."""
     one = memory.block_elements(plan.memory, 1)
     count = len(plan_blocks(base, one))
     for name in plan.experts:
         count += len(plan_blocks([t.experts[name] for t in plan.tensors.values() if name in t.experts], one))
     clustered = [tensor.base for tensor in plan.clustered if tensor.base is not None]
-    return count + len(plan.blocks(clustered)) + len(plan.blocks(plan.tensors.values()))
+    return {"ingest": count, "similarity": len(plan.blocks(clustered)), "merge": len(plan.blocks(plan.tensors.values()))}
 
 
 def forecast(recipe: Recipe, opened: Opened, plan: MergePlan) -> Forecast:
@@ -214,7 +214,7 @@ def forecast(recipe: Recipe, opened: Opened, plan: MergePlan) -> Forecast:
         _artifact_bytes(plan, opened, entries) + residue_bytes,
         sum(entries.values()) + residue,
         sum(source.parameters for source in sources[1:]),
-        _blocks(plan, copied.values()),
+        sum(stage_blocks(plan, copied.values()).values()),
         peaks.get(worst, 0),
         worst,
         plan.memory,

@@ -18,7 +18,7 @@ from storage.artifact import WORK
 from storage.checkpoint import Checkpoint
 from storage.deltas import StoredRows, base_group
 from storage.digests import DigestCache, digest_of, short_id, stamp
-from storage.errors import ChannelMergingError, CheckpointError, OutputExistsError, PlanError, QueryDataError
+from storage.errors import ChannelMergingError, CheckpointError, OutputExistsError, QueryDataError, together
 from storage.files import Folder, is_same
 from storage.layout import ARTIFACT_FORMAT, DTYPES, is_transposed
 from storage.places import scheme_of
@@ -111,6 +111,11 @@ class Job:
     def staged(self) -> Store:
         """What becomes the version."""
         return self.work.under(STAGED)
+
+    @property
+    def place_of_staged(self) -> str:
+        """Where below the output that lies."""
+        return f"{self.place_of_work}/{STAGED}"
 
 
 def package_versions() -> dict[str, str]:
@@ -205,10 +210,8 @@ def _checked(recipe: Recipe, checks: Iterable[Callable[[Recipe], object]]) -> li
             found.append(check(recipe))
         except ChannelMergingError as error:
             errors.append(error)
-    if len(errors) == 1:
-        raise errors[0]
     if errors:
-        raise PlanError.listing("the recipe cannot be run", [p for error in errors for p in error.problems or (str(error),)])
+        raise together(errors)
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Self
 
 
@@ -10,6 +10,8 @@ class ChannelMergingError(Exception):
     """Root of all errors raised on purpose. One formatted message is the only argument, so that it pickles."""
 
     problems: tuple[str, ...] = ()
+    headline = ""
+    """What ``problems`` are listed under."""
     exit_code = 3
 
     @classmethod
@@ -20,7 +22,7 @@ class ChannelMergingError(Exception):
             error = cls(f"{headline}: {found[0]}")
         else:
             error = cls(f"{headline}: {len(found)} problems\n" + "\n".join(f"  - {problem}" for problem in found))
-        error.problems = found
+        error.problems, error.headline = found, headline
         return error
 
 
@@ -81,3 +83,15 @@ class StoreBusyError(ChannelMergingError):
 
 class ClusterError(ChannelMergingError):
     """The cluster lost what it was computing."""
+
+
+def together(errors: Sequence[ChannelMergingError]) -> ChannelMergingError:
+    """One error for all of them, each problem once; under their own headline where they share it."""
+    errors = list({(type(error), str(error)): error for error in errors}.values())
+    if len(errors) == 1:
+        return errors[0]
+    problems = dict.fromkeys(problem for error in errors for problem in error.problems or (str(error),))
+    if len(shared := {(type(error), error.headline) for error in errors}) == 1 and errors[0].headline:
+        ((kind, headline),) = shared
+        return kind.listing(headline, problems)
+    return PlanError.listing("the recipe cannot be run", problems)

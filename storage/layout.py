@@ -26,6 +26,9 @@ POOL_INDEX = "pool.safetensors.index.json"
 ROWS_FILE = "rows.safetensors"
 RESIDUE_FILE = "residue.safetensors"
 CARD = "README.md"
+REPORT = "report.html"
+DOCUMENTS = (CARD, REPORT)
+"""What is made from the manifest, for people."""
 
 
 @dataclass(frozen=True)

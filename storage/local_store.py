@@ -135,6 +135,19 @@ class LocalStore:
         with file:
             self.upload(target, _blocks(file, path))
 
+    def share(self, source: str, target: str) -> None:
+        old, new = self.path / source, self.path / target
+        partial = new.with_name(f".{new.name[:50]}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
+        with _writing(new):
+            _make_folder(new.parent)
+        try:
+            os.link(old, partial)
+            partial.replace(new)  # which does nothing when both are the same file already
+        except OSError:  # a disk without links, or another one
+            self.copy(source, target)
+        finally:
+            partial.unlink(missing_ok=True)
+
     def move(self, source: str, target: str) -> None:
         old, new = self.path / source, self.path / target
         with _writing(new):

@@ -187,6 +187,9 @@ class ObjectStore:
         if self._meta(target)["size"] != self._meta(source)["size"]:
             raise StoreError(f"{self._named(target)}: the store made no whole copy of {source}. Run again.")
 
+    def share(self, source: str, target: str) -> None:
+        self.copy(source, target)
+
     def _copy(self, source: str, target: str) -> None:
         if not self._copied(source, target):
             meta = self._meta(source)

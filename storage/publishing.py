@@ -7,8 +7,9 @@ after all its files were copied. So a death at any point leaves either the stage
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from storage.artifact import WORK, Artifact, latest, parsed_latest
@@ -47,6 +48,7 @@ def find_by_inputs(output: Store, inputs: str) -> Manifest | None:
 
     On a local disk every byte of it is verified. On an object store names and sizes are compared by a listing, nothing but
     its manifest is read; ``Artifact.verify`` reads it all. Manifests are read only of versions that ``.work`` says nothing of.
+    Of several, as a new router makes another version of the same merge, the latest goes first.
     """
     known = _aliases(output)
     named = sorted({version for made_from, version in known if made_from == inputs})
@@ -54,6 +56,10 @@ def find_by_inputs(output: Store, inputs: str) -> Manifest | None:
     with ThreadPoolExecutor(PARALLEL) as pool:
         opened = pool.map(lambda version: _opened(output, version), unknown)
     named += [found.manifest.version for found in opened if found is not None and found.manifest.inputs == inputs]
+    if len(named) > 1:
+        with suppress(ArtifactError):
+            newest = latest(output)["version"]
+            named.sort(key=lambda version: version != newest)
     return next((manifest for version in named if (manifest := _whole(output, version))), None)
 
 
@@ -64,8 +70,13 @@ def _aliases(output: Store) -> list[tuple[str, str]]:
     return [(inputs, version) for inputs, _, version in pairs if version]
 
 
-def _remember(output: Store, manifest: Manifest) -> None:
-    output.put(f"{WORK}/{manifest.inputs}.{manifest.version}{_ALIAS}", manifest.version.encode())
+def _remember(output: Store, inputs: str, version: str) -> None:
+    output.put(f"{WORK}/{inputs}.{version}{_ALIAS}", version.encode())
+
+
+def inputs_of(output: Store, version: str) -> set[str]:
+    """All inputs that are known to come to a version."""
+    return {made_from for made_from, named in _aliases(output) if named == version}
 
 
 def _opened(output: Store, version: str) -> Artifact | None:
@@ -95,12 +106,19 @@ def staged_files(output: Store, staged: str) -> dict[str, int]:
     }  # fmt: skip
 
 
-def publish(output: Store, staged: str, manifest: Manifest, waiting: Callable[[], None] = lambda: None) -> bool:
+def publish(
+    output: Store,
+    staged: str,
+    manifest: Manifest,
+    waiting: Callable[[], None] = lambda: None,
+    replaces: Iterable[str] = (),
+) -> bool:
     """Make a staged folder the version the manifest names, then the latest. False when that version was there, whole.
 
     ``staged`` is a key below the output (``.work/<job>/staged``) with all files of the manifest, which is not among them. A
     version that is there without a manifest (a killed publish) or is not whole is replaced. That these inputs come to this
-    version is remembered, so that their next run finds it. After a death at any point the staged folder or the version is
+    version is remembered, so that their next run finds it; and that runs of the inputs in ``replaces`` are content with it, as
+    long as it is the latest. After a death at any point the staged folder or the version is
     whole, so the same call, or ``find_by_inputs``, completes it. ``waiting`` is called when another run is publishing here.
 
     StoreError when the staged folder lacks files of the manifest, or the store cannot be written.
@@ -109,7 +127,8 @@ def publish(output: Store, staged: str, manifest: Manifest, waiting: Callable[[]
         new = _whole(output, manifest.version) is None
         if new:
             _check_staged(output, staged, manifest)
-        _remember(output, manifest)  # before the version is there: a death in between must not hide it
+        for inputs in (manifest.inputs, *replaces):  # before the version is there: a death in between must not hide it
+            _remember(output, inputs, manifest.version)
         if new:
             output.delete([f"{manifest.version}/{MANIFEST}"])  # what is not whole stops being readable first
             (_rename if output.is_local else _copy)(output, staged, manifest)

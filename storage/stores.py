@@ -66,6 +66,10 @@ class Store(Protocol):
         """A copy of a file of any size, on the store's side where it can do that; whole or not at all."""
         ...
 
+    def share(self, source: str, target: str) -> None:
+        """A file that is never written again under another name too: without copying it where the store can do that."""
+        ...
+
     def move(self, source: str, target: str) -> None:
         """Move all files below one folder to below another, where nothing may lie, and make them durable.
 

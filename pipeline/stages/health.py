@@ -123,18 +123,17 @@ def _of_expert(job: Job, name: str) -> Health:
     )
 
 
-def health(job: Job) -> tuple[dict[str, Health], tuple[str, ...]]:
-    """Every expert's health, and what a user should know of it. PlanError for experts of another base, unless allowed."""
-    found = {name: _of_expert(job, name) for name in job.experts}
-    notes, problems = [], []
-    for name, one in found.items():
-        ratio = one.delta_ratio
-        if ratio is not None and ratio >= UNRELATED:
-            problems.append(_stranger(job, name, ratio))
-        elif ratio is not None and ratio >= LARGE:
-            notes.append(f"expert {name}: |expert - base| is {ratio:.2f} of |base|: it will weigh on those it is merged with")
-        if one.unchanged == 1 and job.plan.merged:
-            notes.append(f"expert {name}: every merged weight is the base's")
-    if problems and not job.recipe.allow_unrelated:
-        raise PlanError.listing(STRANGERS, problems)
-    return found, (*notes, *(f"{problem} Merged all the same." for problem in problems))
+def health(job: Job, name: str) -> tuple[Health, tuple[str, ...]]:
+    """An ingested expert's health, and what a user should know of it. PlanError for one of another base, unless allowed."""
+    found = _of_expert(job, name)
+    notes, ratio = [], found.delta_ratio
+    if ratio is not None and ratio >= UNRELATED:
+        problem = _stranger(job, name, ratio)
+        if not job.recipe.allow_unrelated:
+            raise PlanError.listing(STRANGERS, [problem])
+        notes.append(f"{problem} Merged all the same.")
+    elif ratio is not None and ratio >= LARGE:
+        notes.append(f"expert {name}: |expert - base| is {ratio:.2f} of |base|: it will weigh on those it is merged with")
+    if found.unchanged == 1 and job.plan.merged:
+        notes.append(f"expert {name}: every merged weight is the base's")
+    return found, tuple(notes)

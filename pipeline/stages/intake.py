@@ -1,12 +1,14 @@
-"""Bringing all sources of a job into the delta store, wave by wave, and going on where an earlier run ended.
+"""Bringing the sources of a job into the delta store, each wave by wave, and going on where an earlier run ended.
 
-A base whose rows are not at hand in a local file is brought there first, as differences to nothing. What is there is known
+A base whose rows are not at hand in a local file is brought there first, as differences to nothing, by whichever expert
+comes to a wave first: experts may be brought at the same time, or one after the other. What is there is known
 from a source's ``complete.json``, or from the receipts of an unfinished run, and from one listing: chunks that are gone are
 made anew.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -39,16 +41,6 @@ Parts = dict[str, dict[int, ChunkStatistics]]
 _PARTS = TypeAdapter(list[tuple[str, int, ChunkStatistics]])
 
 
-@dataclass(frozen=True)
-class StageResult:
-    """What a stage moved."""
-
-    bytes_read: int
-    bytes_written: int
-    reused: int = 0
-    """Parts found finished from an earlier run."""
-
-
 @dataclass
 class _Incoming:
     """One source on its way into the store."""
@@ -64,6 +56,8 @@ class _Incoming:
     chunks: ChunkDigests = field(default_factory=dict)
     parts: Parts = field(default_factory=dict)
     whole: bool = False
+    bytes_read: int = 0
+    bytes_written: int = 0
 
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:
@@ -135,6 +129,8 @@ class _Incoming:
 
     def take(self, receipt: IngestReceipt) -> None:
         self._take(receipt.chunks, receipt.statistics)
+        self.bytes_read += receipt.bytes_read
+        self.bytes_written += receipt.bytes_written
 
     def problems(self) -> list[str]:
         """Values that are no numbers, per tensor."""
@@ -214,27 +210,36 @@ def _check_copies(label: str, copies: Sequence[tuple[TensorInfo, TensorInfo]]) -
 
 
 class Intake:
-    """All sources of a job on their way into the store. A context: on a local disk no other run writes them meanwhile."""
+    """All sources of a job on their way into the store. A context: on a local disk no other run writes them meanwhile.
+
+    Experts may be brought by several threads at once, a thread per expert.
+    """
 
     def __init__(self, job: Job, engine: Engine) -> None:
         self.job = job
         self.engine = engine
-        self.sources = _sources(job)
-        self.receipts: list[IngestReceipt] = []
+        found = {one.label: one for one in _sources(job)}
+        self._base = found.pop("base", None)
+        self._experts = {label.removeprefix("expert "): one for label, one in found.items()}
+        self._base_at_work = threading.Lock()
         self._locks = ExitStack()
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The experts that are brought; of two names for the same checkpoint one."""
+        return tuple(self._experts)
 
     def __enter__(self) -> Self:
         folder = self.job.deltas.under(self.job.base.id)
+        sources = [*([self._base] if self._base else ()), *self._experts.values()]
         try:
             if folder.is_local:  # on object stores two runs at once write the same bytes twice
-                for name in sorted(one.name for one in self.sources):  # in one order: two runs cannot wait for each other
+                for name in sorted(one.name for one in sources):  # in one order: two runs cannot wait for each other
                     text = f"waiting for another run that ingests {name}"
                     waiting = Waiting(self.engine.reporter, text, self.engine.check)
                     self._locks.enter_context(folder.lock(name, waiting))
-            for one in self.sources:
+            for one in sources:
                 one.look()
-                if not one.whole:
-                    self._check(one)
         except BaseException:
             self._locks.close()
             raise
@@ -243,38 +248,59 @@ class Intake:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._locks.close()
 
+    def check(self, expert: str) -> None:
+        """CheckpointError when what an expert leaves out, or is added to, is not what it is taken for."""
+        for one in (self._base, self._experts[expert]):
+            if one is not None and not one.whole:
+                self._check(one)
+
     def _check(self, one: _Incoming) -> None:
         _check_copies(one.label, one.source.copies)
         if one.source.is_adapter:
             bases = {tensor.name: tensor.base for tensor in self.job.plan.tensors.values() if tensor.base is not None}
             check_adapter(one.label, one.source.folder, bases)
 
-    def _bring(self, sources: Sequence[_Incoming], arrays: Mapping[str, Sequence[str]]) -> bool:
-        """Bring in what is left of these arrays, by label; whether all values are numbers."""
-        owned = [(one, item) for one in sources for item in one.items(arrays[one.label], self.job.plan.memory)]
-        receipts = WORK.run(self.engine, [item for _, item in owned])
-        for (one, _), receipt in zip(owned, receipts, strict=True):
+    def _bring(self, one: _Incoming, arrays: Sequence[str]) -> bool:
+        """Bring in what is left of these arrays; whether all values are numbers."""
+        receipts = WORK.run(self.engine, one.items(arrays, self.job.plan.memory))
+        for receipt in receipts:
             one.take(receipt)
-        self.receipts += receipts
         return not any(part.non_finite or part.base_non_finite for receipt in receipts for _, _, part in receipt.statistics)
 
-    def wave(self, tensors: Sequence[TensorPlan]) -> bool:
-        """Bring in these tensors; whether all their values are numbers. The base's go first, as the others read them there."""
-        needed = [t.base.data.tensor for t in tensors if t.base is not None and isinstance(t.base.data, StoredRows)]
-        names = {one.label: [t.name for t in tensors] for one in self.sources} | {"base": needed}
-        base = [one for one in self.sources if one.label == "base"]
-        return self._bring(base, names) and self._bring([one for one in self.sources if one.label != "base"], names)
+    def _bring_base(self, arrays: Sequence[str]) -> bool:
+        if self._base is None:
+            return True
+        with self._base_at_work:  # who comes second finds nothing left
+            return self._bring(self._base, arrays)
 
-    def finish(self) -> StageResult:
-        """Complete every source; CheckpointError for those whose values are not numbers, which stay incomplete."""
-        self._bring(self.sources, {one.label: list(one.held) for one in self.sources})
-        problems = {one.label: one.problems() for one in self.sources}
-        for one in self.sources:
-            if not one.whole and not problems[one.label]:
-                check_unchanged("base", self.job.base)
-                check_unchanged(one.label, one.source)
-                one.finish()
-        if found := {problem: None for several in problems.values() for problem in several}:
+    def wave(self, expert: str, tensors: Sequence[TensorPlan]) -> bool:
+        """Bring in these tensors of an expert; whether all their values are numbers. The base's, read there, go first."""
+        needed = [t.base.data.tensor for t in tensors if t.base is not None and isinstance(t.base.data, StoredRows)]
+        return self._bring_base(needed) and self._bring(self._experts[expert], [t.name for t in tensors])
+
+    def finish(self, expert: str) -> None:
+        """Complete an expert, and the base; CheckpointError when values are not numbers: then it stays incomplete."""
+        problems: list[str] = []
+        if self._base is not None:
+            self._bring_base(list(self._base.held))
+            with self._base_at_work:
+                problems += self._finish(self._base)
+        one = self._experts[expert]
+        self._bring(one, list(one.held))
+        if found := dict.fromkeys([*problems, *self._finish(one)]):
             raise CheckpointError.listing(NOT_NUMBERS, found)
-        read, written = sum(r.bytes_read for r in self.receipts), sum(r.bytes_written for r in self.receipts)
-        return StageResult(read, written, sum(one.whole for one in self.sources))
+
+    def _finish(self, one: _Incoming) -> list[str]:
+        """Declare a source ingested unless there are problems, which are returned."""
+        problems = one.problems()
+        if not one.whole and not problems:
+            check_unchanged("base", self.job.base)
+            check_unchanged(one.label, one.source)
+            one.finish()
+            one.whole = True
+        return problems
+
+    def moved(self) -> tuple[int, int]:
+        """Bytes read and written so far."""
+        sources = [*([self._base] if self._base else ()), *self._experts.values()]
+        return sum(one.bytes_read for one in sources), sum(one.bytes_written for one in sources)

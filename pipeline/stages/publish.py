@@ -1,20 +1,17 @@
-"""Publish: model card and manifest, then the staged folder becomes a version."""
+"""Publish: the manifest of what is staged, and how the staged folder becomes a version."""
 
 from __future__ import annotations
 
 import datetime
 import hashlib
-from collections.abc import Callable, Mapping
-from importlib.resources import files
+from collections.abc import Callable
 from typing import Any
 
-import jinja2
-
-from pipeline.job import STAGED, Job, package_versions
+from pipeline.job import Job, package_versions
 from pipeline.kernels.methods.byom import kept_per_row
 from pipeline.stages.pack import Packed
 from pipeline.stages.waves import Waves
-from storage.layout import ARTIFACT_FORMAT, CARD
+from storage.layout import ARTIFACT_FORMAT, DOCUMENTS
 from storage.manifest import ExpertRecord, FileRecord, Manifest, ParameterCounts, version_of
 from storage.publishing import publish as publish_staged
 from storage.publishing import staged_files
@@ -49,26 +46,21 @@ def _parameters(job: Job, packed: Packed) -> ParameterCounts:
     return ParameterCounts(pool=pool, residue=residue, experts=experts, ratio=(pool + residue) / experts)
 
 
-def _card(manifest: Manifest, unchanged: Mapping[str, int]) -> str:
-    template = files("pipeline.stages").joinpath("card.md.j2").read_text("utf-8")
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701 - Markdown, not HTML
-    return environment.from_string(template).render(m=manifest, policies=unchanged)
-
-
 def _file_record(job: Job, name: str) -> FileRecord:
     content = job.staged.get(name)
     return FileRecord(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
-def publish(waves: Waves, router: dict[str, Any] | None, waiting: Callable[[], None]) -> tuple[Manifest, bool]:
-    """Write card and manifest and publish. Returns the manifest and whether the version is new."""
+def describe(waves: Waves, router: dict[str, Any] | None) -> Manifest:
+    """The manifest of what is staged, without the documents that are made from it."""
     job, packed = waves.job, waves.packed
     if packed is None:
         raise AssertionError("nothing is packed")
     job.check_sources()
-    others = staged_files(job.output, f"{job.place_of_work}/{STAGED}").keys() - packed.files.keys() - {CARD}
+    others = staged_files(job.output, job.place_of_staged).keys() - packed.files.keys() - set(DOCUMENTS)
     records = {**packed.files, **{name: _file_record(job, name) for name in sorted(others)}}
-    manifest = Manifest(
+    notes = [note for name in job.experts for note in waves.health_notes[name]]
+    return Manifest(
         format=ARTIFACT_FORMAT,
         name=job.recipe.name,
         version=version_of(records),
@@ -86,11 +78,11 @@ def publish(waves: Waves, router: dict[str, Any] | None, waiting: Callable[[], N
         packages=package_versions(),
         seconds=waves.seconds,
         moved=waves.moved,
-        notes=(*job.plan.notes, *waves.health_notes, *waves.grouping.notes),
+        notes=(*job.plan.notes, *notes, *waves.grouping.notes),
     )
-    policies: dict[str, int] = {}
-    for tensor in packed.tensors.values():
-        policies[tensor.policy] = policies.get(tensor.policy, 0) + 1
-    job.staged.put(CARD, _card(manifest, policies).encode())
-    manifest = manifest.model_copy(update={"files": {**records, CARD: _file_record(job, CARD)}})
-    return manifest, publish_staged(job.output, f"{job.place_of_work}/{STAGED}", manifest, waiting)
+
+
+def publish(job: Job, manifest: Manifest, waiting: Callable[[], None]) -> bool:
+    """Make the staged folder the version of its manifest; False when it was there. What the job read must not have changed."""
+    job.check_sources()
+    return publish_staged(job.output, job.place_of_staged, manifest, waiting)

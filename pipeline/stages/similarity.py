@@ -30,7 +30,6 @@ from pipeline.ledger import Item, Ledger, Work, block_key
 from pipeline.plan import Block, TensorPlan
 from pipeline.recipe import AUTO
 from pipeline.stages import trimming
-from pipeline.stages.intake import StageResult
 from pipeline.stages.slices import FUSED, Slice, bytes_of, chunks, device_of
 from storage.arrays import ArrayGroup, ChunkDigests
 from storage.deltas import expert_group, table_array, table_group, table_spec
@@ -337,8 +336,11 @@ class Similarity:
         whole = {name: trimming.together(found) for name, found in self.trims.items()}
         return {name: found.kept / found.entries for name, found in whole.items() if found.entries}
 
-    def finish(self) -> StageResult:
-        """Declare the tables complete, and keep the thresholds: other jobs will trust them, so no file may have changed."""
+    def finish(self) -> tuple[int, int]:
+        """Declare the tables complete, and keep the thresholds. Returns the bytes read and written.
+
+        Other jobs will trust them, so no file may have changed.
+        """
         if self._wanted or self.unknown:
             self.job.check_sources()
         if self._wanted:
@@ -348,4 +350,4 @@ class Similarity:
         for name in self.unknown:
             trimming.keep(self.job, name, trimming.together(self.trims[name]))
         written = sum(size for receipt in self.fresh for size, _ in receipt.chunks.values())
-        return StageResult(sum(receipt.bytes_read for receipt in self.fresh), written)
+        return sum(receipt.bytes_read for receipt in self.fresh), written

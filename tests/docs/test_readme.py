@@ -26,7 +26,7 @@ def blocks(language: str) -> list[str]:
 def test_every_command_of_the_readme_exists() -> None:
     verbs = {found.callback.__name__ for found in app.registered_commands if found.callback}
     named = set(re.findall(r"^\$ channel-merge (\w+)", "\n".join(blocks("console")), flags=re.MULTILINE))
-    assert named == {"plan", "run", "inspect", "verify", "export", "pull", "clean", "route"}
+    assert named == {"plan", "run", "inspect", "verify", "export", "pull", "clean", "route", "report", "latest"}
     assert named < verbs
     targets = set(re.findall(r"^\$ make (\w+)", "\n".join(blocks("console")), flags=re.MULTILINE))
     makefile = (ROOT / "Makefile").read_text()

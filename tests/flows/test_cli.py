@@ -354,8 +354,7 @@ def test_an_interrupted_run_says_what_it_keeps_and_goes_on_from_there(family: Fa
         "import signal, sys, time\nfrom flows import cli\nfrom pipeline.stages import waves\n"
         "def group(self):\n    while 'ingest written' not in self.moved:\n        time.sleep(0.1)\n"
         "    print('waiting', flush=True)\n"
-        "    with waves._ending(self._grouped):\n"
-        "        self.engine.run('wait', time.sleep, [0.1] * 1000, ['short'] * 1000)\n"
+        "    self.engine.run('wait', time.sleep, [0.1] * 1000, ['short'] * 1000)\n"
         "if __name__ == '__main__':\n"
         "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # in the background of a shell it is ignored
         "    waves.Waves.group = group\n    sys.argv = ['channel-merge', 'run', sys.argv[1]]\n    cli.main()"

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from flows.planning import document, judge, tensor_table
 from pipeline.recipe import load_recipe
 from storage.errors import CheckpointError
+from storage.layout import DOCUMENTS, MANIFEST
 from tests.pipeline.test_invariants import router_of
 from tests.support.running import command, merged
 from tests.support.tiny_experts import NAMES, Family, write_checkpoint
@@ -182,7 +183,7 @@ def test_a_run_keeps_to_what_the_plan_says(family: Family, settings: dict[str, A
     parameters = outcome.manifest.parameters
     assert parameters.experts == totals["experts"]
     assert parameters.pool + parameters.residue <= totals["pool"]
-    files = [path for path in outcome.path.rglob("*") if path.is_file() and path.name not in ("manifest.json", "README.md")]
+    files = [path for path in outcome.path.rglob("*") if path.is_file() and path.name not in (MANIFEST, *DOCUMENTS)]
     stored = sum(path.stat().st_size for path in files)
     named = 200 * len(family.base) * (2 + len(NAMES))  # headers and indices, which are much of a small model
     assert stored <= totals["artifact"] <= 1.2 * stored + named

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from storage.artifact import Artifact
 from storage.errors import OutputExistsError
 from storage.layout import LATEST, MANIFEST
 from tests.pipeline.test_invariants import router_of
-from tests.support.running import merged
+from tests.support.running import command, merged
 from tests.support.tiny_experts import Family
 
 
@@ -70,3 +71,33 @@ def test_a_damaged_latest_is_mended_by_the_next_run(version: Path, family: Famil
     (version.parent / LATEST).write_text(content)
     assert not merged(family.recipe(router=router_of(family))).new
     assert Artifact(version.parent).path == version
+
+
+def test_a_report_is_written_and_its_figures_are_printed(family: Family, tmp_path: Path) -> None:
+    recipe = family.recipe()
+    assert command("run", recipe).returncode == 0
+    version = Artifact(tmp_path / "output").path
+    done = command("report", tmp_path / "output", tmp_path / "page.html")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "page.html").read_bytes() == (version / "report.html").read_bytes()
+    figures = json.loads(command("report", version, "--json").stdout)
+    assert [one["name"] for one in figures["experts"]] == sorted(family.experts)
+    refused = command("report", tmp_path / "nowhere", tmp_path / "other.html")
+    assert (refused.returncode, (tmp_path / "other.html").exists()) == (2, False)
+
+
+def test_an_earlier_version_becomes_the_latest_again(family: Family, tmp_path: Path) -> None:
+    first = json.loads(command("run", family.recipe(), "--json").stdout)["version"]
+    second = json.loads(command("run", family.recipe(), "--set", "merge.groups=3", "--json").stdout)["version"]
+    output = tmp_path / "output"
+    assert command("latest", output).stdout.strip() == second != first
+    assert command("latest", output, "--set", first).stdout.strip() == first
+    assert Artifact(output).manifest.version == first
+    strange = command("latest", output, "--set", "0" * 16)
+    assert strange.returncode == 2
+    assert "is not an artifact" in strange.stderr
+    (output / second / "experts" / "math" / "config.json").unlink()
+    damaged = command("latest", output, "--set", second)
+    assert damaged.returncode == 2
+    assert "is not whole. Choose another version: experts/math/config.json" in damaged.stderr
+    assert Artifact(output).manifest.version == first

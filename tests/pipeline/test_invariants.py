@@ -18,17 +18,16 @@ from pipeline import memory
 from pipeline.job import plan_recipe
 from pipeline.recipe import load_recipe
 from pipeline.stages import labels
-from pipeline.stages.intake import Intake
 from storage import layout
 from storage.artifact import Artifact
 from storage.errors import CheckpointError
 from tests.support.reference import as_float64, ulps
-from tests.support.running import merged, rebuilt
+from tests.support.running import before_all, merged, rebuilt
 from tests.support.tiny_experts import NAMES, Family, Tensors, read_checkpoint, write_checkpoint, write_family
 
 
 def digests(outcome: Outcome) -> dict[str, str]:
-    return {name: record.sha256 for name, record in outcome.manifest.files.items() if name != layout.CARD}
+    return {name: record.sha256 for name, record in outcome.manifest.files.items() if name not in layout.DOCUMENTS}
 
 
 def assert_same_bits(found: Tensors, expected: Tensors) -> None:
@@ -349,13 +348,7 @@ def test_a_file_edited_during_a_run_stops_it(family: Family, monkeypatch: pytest
     """Rows of another content never go by the id of what was hashed."""
     path = family.folder / "math" / "model.safetensors"
     original = path.read_bytes()
-    real = Intake.wave
-
-    def edit_first(*arguments: Any) -> bool:
-        path.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
-        return real(*arguments)
-
-    monkeypatch.setattr(Intake, "wave", edit_first)
+    before_all(monkeypatch, lambda: path.write_bytes(original[:-1] + bytes([original[-1] ^ 1])))
     with pytest.raises(CheckpointError, match=r"expert math: .*model.safetensors changed while the run read it. Run again"):
         merged(family.recipe(**{"merge.groups": 4}))
     monkeypatch.undo()

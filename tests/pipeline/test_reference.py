@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from flows.run import Outcome
 from storage.artifact import Artifact
-from storage.layout import CARD
+from storage.layout import DOCUMENTS
 from tests.support.reference import Floats, Options, ulps
 from tests.support.reference_methods import merge_model, with_residue
 from tests.support.running import merged, rebuilt
@@ -243,7 +243,7 @@ def test_compiled_code_and_torch_publish_the_same_bytes(tmp_path: Path, case: di
         assert outcome.new
         assert outcome.manifest.kernel == kernel
         assert outcome.manifest.moved["similarity read"] > 0 or case["method"] == "byom"
-        digests.append({name: record.sha256 for name, record in outcome.manifest.files.items() if name != CARD})
+        digests.append({name: record.sha256 for name, record in outcome.manifest.files.items() if name not in DOCUMENTS})
     assert digests[0] == digests[1]
 
 

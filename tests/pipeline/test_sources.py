@@ -16,13 +16,12 @@ from safetensors.torch import load_file, save_file
 from pipeline.engine import ThreadEngine
 from pipeline.job import plan_recipe
 from pipeline.recipe import load_recipe
-from pipeline.stages.intake import Intake
 from pipeline.stages.waves import Waves
 from storage.artifact import Artifact
 from storage.errors import CheckpointError, PlanError, QueryDataError
 from tests.pipeline.test_invariants import assert_same_bits, router_of
 from tests.support.reference import as_float64, ulps
-from tests.support.running import merged, rebuilt
+from tests.support.running import before_all, merged, rebuilt
 from tests.support.tiny_experts import NAMES, Family, write_checkpoint
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -138,13 +137,7 @@ def test_a_base_edited_during_ingest_leaves_no_group(family: Family, monkeypatch
     path = family.folder / "base" / "model.safetensors"
     raw = path.read_bytes()
 
-    real = Intake.wave
-
-    def edit(*arguments: Any) -> bool:
-        path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
-        return real(*arguments)
-
-    monkeypatch.setattr(Intake, "wave", edit)
+    before_all(monkeypatch, lambda: path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1])))
     with pytest.raises(CheckpointError, match=r"base: .*changed"):
         merged(family.recipe())
     assert list((family.folder.parent / "deltas").rglob("complete.json")) == []

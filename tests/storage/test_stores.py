@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -157,6 +159,36 @@ def test_copies(store: Store, content: bytes) -> None:
     store.copy("a/large.bin", "b/large.bin")
     store.copy("a/large.bin", "c/d.bin")
     assert store.get("b/large.bin") == store.get("c/d.bin") == store.get("a/large.bin") == content
+
+
+def test_a_file_is_shared_under_another_name(store: Store, content: bytes) -> None:
+    store.put("a/large.bin", content)
+    store.put("b/large.bin", b"old")
+    for target in ("b/large.bin", "c/d/e.bin", "c/d/e.bin"):  # over another file, in a new folder, once more
+        store.share("a/large.bin", target)
+        assert store.get(target) == content
+    assert store.sizes() == {"a/large.bin": len(content), "b/large.bin": len(content), "c/d/e.bin": len(content)}
+    store.put("a/large.bin", b"new")
+    store.delete(["b/large.bin"])
+    assert store.get("c/d/e.bin") == content
+    if isinstance(store, LocalStore):
+        assert list(store.path.rglob(".*")) == []
+        store.share("c/d/e.bin", "f")
+        assert (store.path / "c/d/e.bin").samefile(store.path / "f")
+    with pytest.raises(FileNotFoundError):
+        store.share("nothing", "g")
+
+
+def test_a_disk_without_links_gets_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **named: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    store = LocalStore(tmp_path)
+    store.put("a", b"content")
+    store.share("a", "b/c")
+    assert store.get("b/c") == b"content"
+    assert not (tmp_path / "a").samefile(tmp_path / "b/c")
 
 
 def test_a_folder_is_moved_and_can_be_moved_again(store: Store) -> None:

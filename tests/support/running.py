@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from flows.run import Outcome, run_recipe
 from pipeline.engine import Silent
 from pipeline.recipe import load_recipe
+from pipeline.stages.intake import Intake
 from serving.lookup import export
 from storage.artifact import Artifact
 from tests.support.tiny_experts import Tensors, read_checkpoint
@@ -34,3 +38,17 @@ def command(
     """The command line in a process of its own."""
     line = [str(Path(sys.executable).parent / "channel-merge"), *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, check=False, cwd=cwd, env=environment, timeout=300)
+
+
+def before_all(monkeypatch: pytest.MonkeyPatch, edit: Callable[[], object]) -> None:
+    """Do something once, before any expert is read and after all have been hashed."""
+    real, lock = Intake.wave, threading.Lock()
+    done: list[object] = []
+
+    def wave(*arguments: Any) -> bool:
+        with lock:
+            if not done:
+                done.append(edit())
+        return real(*arguments)
+
+    monkeypatch.setattr(Intake, "wave", wave)

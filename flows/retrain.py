@@ -1,0 +1,123 @@
+"""A new router for an artifact that is there: another version with the same pool, rows and experts."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flows.run import Conductor, Outcome, check_queries, holding, job_record, train_into
+from pipeline.engine import Reporter, Waiting
+from pipeline.job import package_versions
+from pipeline.recipe import Recipe
+from serving.documents import with_documents
+from storage.artifact import WORK, Artifact
+from storage.digests import DigestCache, digest_of
+from storage.errors import ArtifactError, RecipeError
+from storage.layout import ARTIFACT_FORMAT, DOCUMENTS
+from storage.manifest import FileRecord, Manifest, version_of
+from storage.publishing import find_by_inputs, inputs_of, make_latest, publish
+from storage.stores import Store, open_store
+
+INPUTS = "0" * 12
+"""Begins the inputs of a version that was trained anew: no merge's digest will."""
+
+
+def _kept(manifest: Manifest) -> dict[str, FileRecord]:
+    """The files that do not depend on the router."""
+    return {name: file for name, file in manifest.files.items() if not name.startswith("router/") and name not in DOCUMENTS}
+
+
+def _check(recipe: Recipe, found: Artifact, output: Store) -> dict[str, str]:
+    """sha256 of every file of queries. RecipeError or ArtifactError when these cannot make a router for this artifact."""
+    if recipe.router.kind == "none":
+        raise RecipeError(
+            f"recipe {recipe.name}: router.kind is none: there is no router to train. Say linear, and its queries."
+        )
+    manifest = found.manifest
+    if manifest.parent is not None or found.store.place != output.under(manifest.version).place:
+        raise ArtifactError(
+            f"{found.place}: expected a published version in {output.place}, got a copy. Name one of its versions."
+        )
+    if manifest.format != ARTIFACT_FORMAT:
+        raise ArtifactError(
+            f"{found.place}: expected artifact format {ARTIFACT_FORMAT}, got {manifest.format}. Run the recipe: this release "
+            "writes its own format."
+        )
+    experts = set(manifest.experts)
+    if set(recipe.experts) != experts:
+        raise RecipeError(
+            f"recipe {recipe.name}: expected the experts of {found.place}, {', '.join(sorted(experts))}, got "
+            f"{', '.join(sorted(recipe.experts))}. Use the recipe it was made from."
+        )
+    check_queries(recipe)
+    places = {name: Path(place) for name, place in sorted(recipe.router.queries.items())}
+    known = DigestCache().sha256(list(places.values()))
+    return {name: known[path] for name, path in places.items()}
+
+
+def _inputs(recipe: Recipe, manifest: Manifest, queries: Mapping[str, str]) -> str:
+    versions = {name: version.split(".")[0] for name, version in package_versions().items()}
+    covered: dict[str, Any] = {
+        "files": {name: record.sha256 for name, record in _kept(manifest).items()},
+        "router": {"kind": recipe.router.kind, "queries": dict(queries), "seed": recipe.merge.seed},
+        "packages": {name: versions[name] for name in ("numpy", "scikit-learn", "dask-ml", "mmh3")},
+    }
+    return INPUTS + digest_of(covered)[len(INPUTS) :]
+
+
+def _described(recipe: Recipe, old: Manifest, inputs: str, staged: Store, router: dict[str, Any], seconds: float) -> Manifest:
+    """The manifest of what is staged."""
+    records = _kept(old)
+    for name in sorted(staged.sizes("router")):
+        content = staged.get(name)
+        records[name] = FileRecord(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    return old.model_copy(
+        update={
+            "version": version_of(records), "inputs": inputs, "files": records, "router": router,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "recipe": {**old.recipe, "router": recipe.router.model_dump(mode="json")},
+            "seconds": {**old.seconds, "router": round(seconds, 3)},
+        }
+    )  # fmt: skip
+
+
+def retrain(recipe: Recipe, version: str | None, reporter: Reporter, conductor: Conductor | None = None) -> Outcome:
+    """Train the recipe's router for a version in its output, the latest by default, and publish that as a version of its own.
+
+    Pool, rows and experts are shared with the old version, not written again. Nothing is done when the same has been published
+    before. The next run of a recipe that came to the old version is content with the new one while it is the latest.
+
+    RecipeError, QueryDataError or ArtifactError for what cannot be trained on, or for.
+    """
+    conductor = conductor or Conductor()
+    output = open_store(recipe.output)
+    found = Artifact(output.under(version)) if version else Artifact(recipe.output)
+    old = found.manifest
+    queries = conductor.step("resolve", lambda: _check(recipe, found, output))
+    inputs = _inputs(recipe, old, queries)
+    if (known := find_by_inputs(output, inputs)) is not None:
+        make_latest(output, known.version)
+        return Outcome(known.version, output.under(known.version).place, new=False, manifest=known)
+    place = f"{WORK}/{inputs[:40]}"
+    staged = f"{place}/staged"
+    record = job_record(recipe.name, output, str(old.base["id"]), (expert.id for expert in old.experts.values()))
+    with holding(output, place, record, reporter):
+        for name in _kept(old):
+            output.share(f"{old.version}/{name}", f"{staged}/{name}")
+        output.clear(f"{staged}/router")
+        started = time.monotonic()
+        seed, files = recipe.merge.seed, output.under(staged)
+        router = conductor.step("router", lambda: train_into(files, recipe.router, queries, seed, reporter))
+        seconds = time.monotonic() - started
+        manifest = conductor.step(
+            "report", lambda: with_documents(files, _described(recipe, old, inputs, files, router, seconds))
+        )
+        waiting = Waiting(reporter, f"waiting for another run that publishes in {output.place}")
+        merges = {old.inputs, *inputs_of(output, old.version)}
+        replaced = sorted(one for one in merges if not one.startswith(INPUTS))
+        is_new = conductor.step("publish", lambda: publish(output, staged, manifest, waiting, replaced))
+    return Outcome(manifest.version, output.under(manifest.version).place, is_new, manifest)
