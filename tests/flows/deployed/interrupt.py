@@ -36,10 +36,12 @@ def check_progress(prefect: Prefect, run: str, name: str, blocks: int) -> None:
 
 
 def check_ended(prefect: Prefect, faults: Faults, run: str, state: str, hook: str) -> set[Work]:
-    """In this state, without processes, with a last word in its log. Returns what it had done."""
+    """In this state, without processes or a version, with a last word in its log. Returns what it had done."""
     prefect.wait(run, state)
     until(lambda: not faults.survivors(), lambda: f"processes {faults.survivors()} to end")
     prefect.logged(run, f"{hook}: finished blocks are kept beside the output and in the delta store.")
+    name = prefect.flow_run(run)["parameters"]["settings"]["name"]
+    assert not list((prefect.store / "artifacts" / name).glob("*/manifest.json"))
     return kept(faults.events())
 
 
