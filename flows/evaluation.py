@@ -74,4 +74,5 @@ def measure_experts(artifact: Artifact, folder: Path, tell: Callable[[str], None
 
 
 def _measured(source: str, text: str) -> Quality | None:
-    return measure(Path(source), text) if Path(source).is_dir() else None
+    """Of a whole checkpoint on this machine; an adapter alone is no model."""
+    return measure(Path(source), text) if (Path(source) / "config.json").is_file() else None

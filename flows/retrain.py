@@ -19,7 +19,7 @@ from storage.digests import DigestCache, digest_of
 from storage.errors import ArtifactError, RecipeError
 from storage.layout import ARTIFACT_FORMAT, DOCUMENTS
 from storage.manifest import FileRecord, Manifest, version_of
-from storage.publishing import find_by_inputs, inputs_of, make_latest, publish
+from storage.publishing import find_by_inputs, inputs_of, is_published, make_latest, publish
 from storage.stores import Store, open_store
 
 INPUTS = "0" * 12
@@ -102,6 +102,11 @@ def retrain(recipe: Recipe, version: str | None, reporter: Reporter, conductor: 
     if (known := find_by_inputs(output, inputs)) is not None:
         make_latest(output, known.version)
         return Outcome(known.version, output.under(known.version).place, new=False, manifest=known)
+    if not is_published(output, old.version):
+        raise ArtifactError(
+            f"{found.place} is damaged, and a new version would share its files. Run its recipe again, which makes it anew, "
+            "then train the router."
+        )
     place = f"{WORK}/{inputs[:40]}"
     staged = f"{place}/staged"
     record = job_record(recipe.name, output, str(old.base["id"]), (expert.id for expert in old.experts.values()))
@@ -119,5 +124,6 @@ def retrain(recipe: Recipe, version: str | None, reporter: Reporter, conductor: 
         waiting = Waiting(reporter, f"waiting for another run that publishes in {output.place}")
         merges = {old.inputs, *inputs_of(output, old.version)}
         replaced = sorted(one for one in merges if not one.startswith(INPUTS))
-        is_new = conductor.step("publish", lambda: publish(output, staged, manifest, waiting, replaced))
+        is_new = not is_published(output, manifest.version)  # before: a second attempt finds what the first one did
+        conductor.step("publish", lambda: publish(output, staged, manifest, waiting, replaced))
     return Outcome(manifest.version, output.under(manifest.version).place, is_new, manifest)

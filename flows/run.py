@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from storage.atomic import canonical_json
 from storage.deltas import JOB, run_record
 from storage.errors import ChannelMergingError, IncompleteStoreError, RecipeError, together
 from storage.manifest import Manifest
-from storage.publishing import find_by_inputs, make_latest
+from storage.publishing import find_by_inputs, is_published, make_latest
 from storage.stores import Store, open_store
 
 WRONG_INPUT = RecipeError.exit_code
@@ -140,14 +140,16 @@ def check_queries(recipe: Recipe) -> None:
 class Conductor:
     """How the steps of a run are carried out: here, as they are. A flow makes a task run of each."""
 
-    def step(self, name: str, body: Callable[[], Result]) -> Result:
-        """Run one step and return what its body returns. Called from several threads at once."""
+    def step(self, name: str, body: Callable[[], Result], check: Callable[[], None] = lambda: None) -> Result:
+        """Run one step and return what its body returns. Called from several threads at once.
+
+        ``check`` raises when the run is given up: who lets a step wait asks it now and then.
+        """
         return body()
 
-    @contextmanager
-    def cluster(self) -> Iterator[None]:
+    def cluster(self) -> AbstractContextManager[None]:
         """Holds what computes, while blocks are computed."""
-        yield
+        return nullcontext()
 
     def planned(self, job: Job) -> None:
         """Called within the step that plans."""
@@ -159,7 +161,9 @@ def _at_once(engine: Engine, conductor: Conductor, bodies: Mapping[str, Callable
     When what an expert brings is wrong, the others are looked at too: all that is wrong is one error.
     """
     with ThreadPoolExecutor(len(bodies), thread_name_prefix="step") as pool:
-        steps = {name: pool.submit(copy_context().run, conductor.step, name, body) for name, body in bodies.items()}
+        steps = {
+            name: pool.submit(copy_context().run, conductor.step, name, body, engine.check) for name, body in bodies.items()
+        }
         incoming = [future for name, future in steps.items() if name.startswith(INGEST)]
         try:
             wait(steps.values(), return_when=FIRST_EXCEPTION)
@@ -217,7 +221,8 @@ def _make(job: Job, engine: Engine, conductor: Conductor) -> Outcome:
     waves.seconds["router"] = round(time.monotonic() - started, 3)
     manifest = conductor.step("report", lambda: with_documents(job.staged, publish.describe(waves, router)))
     waiting = Waiting(engine.reporter, f"waiting for another run that publishes in {job.output.place}", engine.check)
-    is_new = conductor.step("publish", lambda: publish.publish(job, manifest, waiting))
+    is_new = not is_published(job.output, manifest.version)  # before: a second attempt finds what the first one did
+    conductor.step("publish", lambda: publish.publish(job, manifest, waiting))
     return _outcome(job, manifest, is_new=is_new)
 
 

@@ -25,5 +25,5 @@ if (found := json.load(sys.stdin)["type"]) != sys.argv[1]:
              "prefect work-pool delete channel-merging")' "$kind"
 # one run at a time on a shared cluster, and four downloads at once over all runs
 prefect gcl inspect merge-cluster > /dev/null 2>&1 || prefect gcl create merge-cluster --limit 1
-prefect concurrency-limit inspect download > /dev/null 2>&1 || prefect concurrency-limit create download 4
+prefect gcl inspect download > /dev/null 2>&1 || prefect gcl create download --limit 4
 prefect --no-prompt deploy --all

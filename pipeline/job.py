@@ -18,7 +18,7 @@ from storage.artifact import WORK
 from storage.checkpoint import Checkpoint
 from storage.deltas import StoredRows, base_group
 from storage.digests import DigestCache, digest_of, short_id, stamp
-from storage.errors import ChannelMergingError, CheckpointError, OutputExistsError, QueryDataError, together
+from storage.errors import ChangedError, ChannelMergingError, OutputExistsError, QueryDataError, together
 from storage.files import Folder, is_same
 from storage.layout import ARTIFACT_FORMAT, DTYPES, is_transposed
 from storage.places import scheme_of
@@ -54,7 +54,7 @@ def check_unchanged(label: str, source: Source) -> None:
     """CheckpointError when a file of the source is no longer what was identified: its rows must not go by its id."""
     changed = source.folder.changed(source.stamps, source.files)
     if changed:
-        raise CheckpointError(f"{label}: {source.folder.place}: {', '.join(changed)} changed while the run read it. Run again.")
+        raise ChangedError(f"{label}: {source.folder.place}: {', '.join(changed)} changed while the run read it. Run again.")
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def resolve(recipe: Recipe, *more_checks: Callable[[Recipe], object]) -> Job:
         sources = dict(zip(opened.experts, found, strict=True))
     mutable = any(source.stamps for source in (base, *sources.values()))
     if mutable and open_sources(recipe) != opened:  # headers were read before the stamps were taken
-        raise CheckpointError("a checkpoint changed while its headers were read. Run again.")
+        raise ChangedError("a checkpoint changed while its headers were read. Run again.")
     asked = {name: Path(place) for name, place in sorted(recipe.router.queries.items())} if recipe.router.kind != "none" else {}
     seen = {name: stamp(path.resolve()) for name, path in asked.items()}
     known = DigestCache().sha256(list(asked.values()))

@@ -21,6 +21,7 @@ from storage.arrays import COMPLETE
 from storage.artifact import WORK
 from storage.atomic import canonical_json
 from storage.deltas import BASE, JOB, TABLES, THRESHOLDS
+from storage.layout import DOCUMENTS
 from storage.local_store import LOCK, TEMPORARY
 from storage.needed import (
     ALIAS,
@@ -53,7 +54,7 @@ _OURS = {
     BASE: _ARRAYS,
     TABLES: _ARRAYS,
     THRESHOLDS: re.compile(r"[0-9a-f]{40}\.json"),
-    VERSION: re.compile(r"pool.*|experts/.+|router/.+|README\.md"),
+    VERSION: re.compile("|".join([r"pool.*|experts/.+|router/.+", *map(re.escape, DOCUMENTS)])),
 }
 """The names of files in what is removed. Others stay, with the folder that they lie in."""
 _Found = tuple[str, str, str]

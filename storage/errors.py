@@ -38,6 +38,12 @@ class CheckpointError(ChannelMergingError, ValueError):
     exit_code = 2
 
 
+class ChangedError(CheckpointError):
+    """A checkpoint became another one while it was read: nothing is wrong with it, and the next run reads that."""
+
+    exit_code = 3
+
+
 class SourceError(ChannelMergingError):
     """The place a checkpoint lies at cannot be reached, after retries."""
 
@@ -94,4 +100,6 @@ def together(errors: Sequence[ChannelMergingError]) -> ChannelMergingError:
     if len(shared := {(type(error), error.headline) for error in errors}) == 1 and errors[0].headline:
         ((kind, headline),) = shared
         return kind.listing(headline, problems)
-    return PlanError.listing("the recipe cannot be run", problems)
+    wrong = any(error.exit_code == PlanError.exit_code for error in errors)
+    kind = PlanError if wrong else type(errors[0])  # where no server answers, nothing is wrong with the recipe
+    return kind.listing("the recipe cannot be run", problems)

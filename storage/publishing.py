@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 from storage.artifact import WORK, Artifact, latest, parsed_latest
@@ -23,6 +22,7 @@ from storage.stores import Store, open_store
 LOCK = f"{WORK}/publish"
 PARALLEL = 8
 """Requests to an object store at once."""
+_STAND_IN = b"stands in"
 _ALIAS = ".version"
 """The end of the names ``.work/<inputs>.<version>.version``, by which versions are found without their manifests."""
 
@@ -48,18 +48,17 @@ def find_by_inputs(output: Store, inputs: str) -> Manifest | None:
 
     On a local disk every byte of it is verified. On an object store names and sizes are compared by a listing, nothing but
     its manifest is read; ``Artifact.verify`` reads it all. Manifests are read only of versions that ``.work`` says nothing of.
-    Of several, as a new router makes another version of the same merge, the latest goes first.
+    A version that stands in for what the inputs came to, as one with a new router does, counts while it is the latest.
     """
     known = _aliases(output)
     named = sorted({version for made_from, version in known if made_from == inputs})
+    newest = _latest_version(output) if named else None
+    named = [version for version in named if version == newest or not _stands_in(output, inputs, version)]
     unknown = sorted(set(output.children()) - {version for _, version in known} - {WORK, LATEST})
     with ThreadPoolExecutor(PARALLEL) as pool:
         opened = pool.map(lambda version: _opened(output, version), unknown)
     named += [found.manifest.version for found in opened if found is not None and found.manifest.inputs == inputs]
-    if len(named) > 1:
-        with suppress(ArtifactError):
-            newest = latest(output)["version"]
-            named.sort(key=lambda version: version != newest)
+    named.sort(key=lambda version: version != newest)
     return next((manifest for version in named if (manifest := _whole(output, version))), None)
 
 
@@ -70,8 +69,32 @@ def _aliases(output: Store) -> list[tuple[str, str]]:
     return [(inputs, version) for inputs, _, version in pairs if version]
 
 
-def _remember(output: Store, inputs: str, version: str) -> None:
-    output.put(f"{WORK}/{inputs}.{version}{_ALIAS}", version.encode())
+def _alias(inputs: str, version: str) -> str:
+    return f"{WORK}/{inputs}.{version}{_ALIAS}"
+
+
+def _stands_in(output: Store, inputs: str, version: str) -> bool:
+    """Whether a version is not what the inputs came to, but was published in its place."""
+    try:
+        return output.get(_alias(inputs, version)) == _STAND_IN
+    except FileNotFoundError:
+        return False
+
+
+def _latest_version(output: Store) -> str | None:
+    try:
+        return str(latest(output)["version"])
+    except ArtifactError:
+        return None
+
+
+def is_published(output: Store, version: str) -> bool:
+    """Whether a version is there and nothing is wrong with it, as far as ``find_by_inputs`` looks."""
+    return _whole(output, version) is not None
+
+
+def _has_alias(output: Store, inputs: str, version: str) -> bool:
+    return (inputs, version) in _aliases(output)
 
 
 def inputs_of(output: Store, version: str) -> set[str]:
@@ -127,8 +150,11 @@ def publish(
         new = _whole(output, manifest.version) is None
         if new:
             _check_staged(output, staged, manifest)
-        for inputs in (manifest.inputs, *replaces):  # before the version is there: a death in between must not hide it
-            _remember(output, inputs, manifest.version)
+        # before the version is there: a death in between must not hide it
+        output.put(_alias(manifest.inputs, manifest.version), manifest.version.encode())
+        for inputs in replaces:
+            if not (_has_alias(output, inputs, manifest.version) and not _stands_in(output, inputs, manifest.version)):
+                output.put(_alias(inputs, manifest.version), _STAND_IN)
         if new:
             output.delete([f"{manifest.version}/{MANIFEST}"])  # what is not whole stops being readable first
             (_rename if output.is_local else _copy)(output, staged, manifest)

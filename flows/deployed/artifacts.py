@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from prefect import get_run_logger
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from flows.deployed.places import link
@@ -18,15 +19,23 @@ from storage.layout import CARD, REPORT
 from storage.manifest import Manifest
 
 
+def _shown(key: str, show: Callable[[], object]) -> None:
+    """What is shown is no reason to fail: less so when a version has just been published."""
+    try:
+        show()
+    except Exception as error:
+        get_run_logger().warning("no artifact is shown for %s: %s", key, error)
+
+
 def show_table(key: str, headings: Sequence[str], rows: Sequence[Sequence[Any]], description: str) -> None:
     """A table artifact; the description is Markdown."""
     table = [dict(zip(headings, row, strict=True)) for row in rows]
-    create_table_artifact(table=table, key=key_of(key), description=description)
+    _shown(key, lambda: create_table_artifact(table=table, key=key_of(key), description=description))
 
 
 def show_markdown(key: str, text: str, description: str) -> None:
     """A Markdown artifact."""
-    create_markdown_artifact(markdown=text, key=key_of(key), description=description)
+    _shown(key, lambda: create_markdown_artifact(markdown=text, key=key_of(key), description=description))
 
 
 def cell(text: object) -> str:

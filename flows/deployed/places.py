@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from prefect import runtime
+
 from flows.run import read_recipe
 from pipeline.recipe import Recipe
 from storage.errors import RecipeError
@@ -53,11 +55,20 @@ def read(
     RecipeError lists every problem.
     """
     path = find_recipe(recipe)
-    cluster = cluster or os.environ.get(CLUSTER) or None
+    if not any(key in settings for key in ("cluster", "cluster.kind", "cluster.address")):
+        cluster = cluster or os.environ.get(CLUSTER) or None
     store = os.environ.get(STORE, "").rstrip("/")
+    given = {STORE: store, "output": output or "", "deltas": deltas or ""} if runtime.deployment.id else {STORE: store}
+    for what, place in given.items():
+        if place and "://" not in place and not Path(place).is_absolute():
+            raise RecipeError(
+                f"{what}: expected a URL or an absolute path, got {place!r}: a deployment's run works in a folder of its own, "
+                "which is gone afterwards."
+            )
     if store:
         name = read_recipe(path, settings, output, deltas, cluster).name
-        output, deltas = output or f"{store}/artifacts/{name}", deltas or f"{store}/deltas"
+        output = output or (None if "output" in settings else f"{store}/artifacts/{name}")
+        deltas = deltas or (None if "deltas" in settings else f"{store}/deltas")
     return read_recipe(path, settings, output, deltas, cluster)
 
 

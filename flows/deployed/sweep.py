@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect import flow, get_run_logger
 
@@ -18,12 +20,21 @@ from pipeline.recipe import Recipe
 
 SWEEP = "sweep"
 
+Result = TypeVar("Result")
+
 
 class _OneTask(Conductor):
-    """All steps of a candidate belong to one task run, which holds the cluster."""
+    """All steps of a candidate belong to one task run, which holds the cluster, and slots while it fetches."""
 
     def __init__(self, whole: TaskConductor) -> None:
-        self.cluster = whole.cluster  # type: ignore[method-assign]
+        self._whole = whole
+
+    def step(self, name: str, body: Callable[[], Result], check: Callable[[], None] = lambda: None) -> Result:
+        with self._whole.turn(name, check):
+            return body()
+
+    def cluster(self) -> AbstractContextManager[None]:
+        return self._whole.cluster()
 
 
 @flow(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
 from prefect import get_client, get_run_logger, task
@@ -32,7 +32,9 @@ logging.getLogger("prefect.task_runs").addFilter(  # said of every task in a thr
 )
 TAG = "channel-merging"
 DOWNLOAD = "download"
-"""Tag of task runs that fetch an expert: ``prefect concurrency-limit create download 4`` lets four do so at once."""
+"""Held while an expert is fetched: ``prefect gcl create download --limit 4`` lets four be, over all runs."""
+TURN_S = 5.0
+"""How long a download waits for its turn before it asks whether its run goes on. By a tag Prefect would not ask."""
 CLUSTER_LIMIT = "merge-cluster"
 """Held by a run while it computes: ``prefect gcl create merge-cluster --limit 1`` lets one run at a time have the cluster."""
 LEASE_S = 60.0
@@ -70,6 +72,12 @@ def last_word(error: BaseException) -> None:
             client.update_flow_run(flow_run.id, empirical_policy=FlowRunPolicy(retries=0, retry_delay=0))
 
 
+def _holding(limit: str, timeout_seconds: float | None = None) -> AbstractContextManager[None]:
+    """A slot of a limit, held in the name of the flow run."""
+    holder = ConcurrencyLeaseHolder(type="flow_run", id=flow_run.id) if flow_run.id else None
+    return concurrency(limit, occupy=1, timeout_seconds=timeout_seconds, lease_duration=LEASE_S, holder=holder)
+
+
 class TaskConductor(Conductor):
     """Makes a task run of each step, and shows the plan."""
 
@@ -78,7 +86,7 @@ class TaskConductor(Conductor):
         self._reporter = reporter
         self._timeouts = timeouts
 
-    def step(self, name: str, body: Callable[[], Result]) -> Result:
+    def step(self, name: str, body: Callable[[], Result], check: Callable[[], None] = lambda: None) -> Result:
         """Run a step as a task run of its name.
 
         Raises what the body raises, TimeoutError when it takes too long. A step that another one's failure ends is shown as
@@ -87,7 +95,8 @@ class TaskConductor(Conductor):
 
         def run_step() -> Any:  # without arguments: Prefect would walk through them and hash them
             try:
-                return body()
+                with self.turn(name, check):
+                    return body()
             except Cancelled:
                 return CancelledState(message="given up: another step has failed, or the run was interrupted")
 
@@ -95,7 +104,7 @@ class TaskConductor(Conductor):
             name=name.partition(" ")[0],
             task_run_name=name,
             description=f"{name} of {self._recipe}",
-            tags=[TAG, *([DOWNLOAD] if name.startswith(INGEST) else [])],
+            tags=[TAG],
             cache_policy=NO_CACHE,
             persist_result=False,
             retries=0 if name in ONCE else RETRIES,
@@ -111,10 +120,19 @@ class TaskConductor(Conductor):
         return result
 
     @contextmanager
-    def cluster(self) -> Iterator[None]:
-        holder = ConcurrencyLeaseHolder(type="flow_run", id=flow_run.id) if flow_run.id else None
-        with concurrency(CLUSTER_LIMIT, occupy=1, lease_duration=LEASE_S, holder=holder):
+    def turn(self, name: str, check: Callable[[], None]) -> Iterator[None]:
+        """Hold a slot if the step fetches an expert; what ``check`` raises ends the wait for one."""
+        with ExitStack() as held:
+            while name.startswith(INGEST):
+                try:
+                    held.enter_context(_holding(DOWNLOAD, timeout_seconds=TURN_S))
+                    break
+                except TimeoutError:
+                    check()
             yield
+
+    def cluster(self) -> AbstractContextManager[None]:
+        return _holding(CLUSTER_LIMIT)
 
     def planned(self, job: Job) -> None:
         self._reporter.expected = show_plan(job)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import TracebackType
@@ -29,7 +29,7 @@ from storage.arrays import ArrayGroup, ChunkDigests
 from storage.checkpoint import check_adapter
 from storage.deltas import BASE, StoredRows, base_group, expert_arrays, expert_group, group_layout, unit_keys, whole_record
 from storage.digests import digest_of
-from storage.errors import CheckpointError
+from storage.errors import ChannelMergingError, CheckpointError
 from storage.layout import DELTA_FORMAT
 from storage.tensors import TensorInfo
 
@@ -262,10 +262,18 @@ class Intake:
 
     def _bring(self, one: _Incoming, arrays: Sequence[str]) -> bool:
         """Bring in what is left of these arrays; whether all values are numbers."""
-        receipts = WORK.run(self.engine, one.items(arrays, self.job.plan.memory))
+        items = one.items(arrays, self.job.plan.memory)
+        try:
+            receipts = WORK.run(self.engine, items)
+        except ChannelMergingError:
+            with suppress(ChannelMergingError):  # a second attempt goes on after what is done
+                for receipt in one.ledger.read(item.key for item in items).values():
+                    one.take(receipt)
+            raise
         for receipt in receipts:
             one.take(receipt)
-        return not any(part.non_finite or part.base_non_finite for receipt in receipts for _, _, part in receipt.statistics)
+        parts = (part for name in arrays for part in one.parts.get(name, {}).values())  # whoever brought them
+        return not any(part.non_finite or part.base_non_finite for part in parts)
 
     def _bring_base(self, arrays: Sequence[str]) -> bool:
         if self._base is None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flows.retrain import retrain
-from flows.run import Outcome, run_recipe
+from flows.run import Conductor, Outcome, run_recipe
 from pipeline.engine import Silent
 from pipeline.recipe import Recipe, load_recipe
 from serving.router import artifact_router
@@ -136,3 +138,38 @@ def test_on_an_object_store(family: Family, gateway: object) -> None:
     assert Artifact(f"{place}@{new.version}").verify() == []
     assert Artifact(place).manifest.version == new.version
     assert not retrain(recipe, None, Silent()).new
+
+
+def test_a_damaged_version_is_not_shared(family: Family, outcome: Outcome) -> None:
+    pool = outcome.path / "pool-00001-of-00001.safetensors"
+    raw = bytearray(pool.read_bytes())
+    raw[-3] ^= 1
+    pool.write_bytes(raw)
+    with pytest.raises(ArtifactError, match=r"is damaged, and a new version would share its files. Run its recipe again"):
+        retrain(with_more(family), None, Silent())
+
+
+def test_a_new_router_stands_in_for_its_merge_only_while_it_is_the_latest(
+    family: Family, outcome: Outcome, tmp_path: Path
+) -> None:
+    recipe = load_recipe(family.recipe(router=router_of(family)))
+    more = tmp_path / "more.jsonl"
+    more.write_text(f"{Path(recipe.router.queries['math']).read_text('utf-8')}\n{json.dumps({'text': 'one more'})}\n", "utf-8")
+    queries = recipe.router.model_copy(update={"queries": {**recipe.router.queries, "math": str(more)}})
+    new = retrain(recipe.model_copy(update={"router": queries}), None, Silent())
+    assert merged(family.recipe(router=router_of(family))).version == new.version
+    third = merged(family.recipe(router=router_of(family), **{"merge.groups": 3}))
+    assert third.new
+    back = merged(family.recipe(router=router_of(family)))
+    assert (back.version, back.new) == (outcome.version, False)
+
+
+def test_a_second_attempt_to_publish_still_publishes(family: Family, outcome: Outcome) -> None:
+    class Twice(Conductor):
+        def step(self, name: str, body: Callable[[], Any], check: Callable[[], None] = lambda: None) -> Any:
+            if name == "publish":
+                body()  # whose success was not heard of
+            return body()
+
+    assert run_recipe(load_recipe(family.recipe(**{"merge.groups": 3})), Silent(), Twice()).new
+    assert retrain(with_more(family), outcome.version, Silent(), Twice()).new

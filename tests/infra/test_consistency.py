@@ -97,7 +97,7 @@ def test_one_work_pool() -> None:
 
 def test_limits_are_those_that_the_flows_ask_for() -> None:
     script = (INFRA / "register.sh").read_text()
-    assert re.findall(r"\|\| prefect (?:gcl|concurrency-limit) create ([\w-]+)", script) == ["merge-cluster", "download"]
+    assert re.findall(r"\|\| prefect gcl create ([\w-]+)", script) == ["merge-cluster", "download"]
     for name in ("merge-cluster", "download"):
         assert f'"{name}"' in code()
 

@@ -169,7 +169,7 @@ def test_registering_makes_pool_limits_and_deployments(prefect: Path, pool: str)
     assert done.returncode == 0, done.stderr
     calls = (prefect / "calls").read_text().splitlines()
     assert calls[0].startswith(f"work-pool create channel-merging --type {pool} --base-job-template ")
-    wanted = {"gcl create merge-cluster --limit 1", "concurrency-limit create download 4", "--no-prompt deploy --all"}
+    wanted = {"gcl create merge-cluster --limit 1", "gcl create download --limit 4", "--no-prompt deploy --all"}
     assert wanted <= set(calls)
     assert calls[-1] == "--no-prompt deploy --all"
     given, ours = (prefect / "template.json").read_text(), template(pool)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.engine import ThreadEngine
+from flows.run import Conductor, run_recipe
+from pipeline.engine import Silent, ThreadEngine
 from pipeline.job import plan_recipe
+from pipeline.ledger import Ledger
 from pipeline.recipe import load_recipe
 from pipeline.stages.waves import Waves
+from storage.arrays import ArrayGroup
 from storage.artifact import Artifact
-from storage.errors import CheckpointError, PlanError, QueryDataError
+from storage.errors import CheckpointError, PlanError, QueryDataError, StoreError
 from tests.pipeline.test_invariants import assert_same_bits, router_of
 from tests.support.reference import as_float64, ulps
 from tests.support.running import before_all, merged, rebuilt
@@ -253,3 +258,39 @@ def test_an_expert_under_two_names_is_ingested_once(family: Family, tmp_path: Pa
     assert len(list((family.folder.parent / "deltas").glob("*/*/complete.json"))) == 2
     for name in ("a", "b"):
         assert_same_bits(rebuilt(outcome, name, tmp_path), family.experts["math"])
+
+
+def test_a_second_attempt_at_an_expert_goes_on_after_the_first(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that was done before the attempt failed is not done again, in the same wave either."""
+    real_write, real_keep, lock = ArrayGroup.write, Ledger.write, threading.Lock()
+    kept: list[tuple[str, str]] = []
+    failed: list[str] = []
+
+    def write(group: ArrayGroup, arrays: Any) -> Any:
+        with lock:
+            if kept and not failed and any(group.store.place in place for place, _ in kept):
+                failed.append(group.store.place)
+                raise StoreError("no answer")
+        return real_write(group, arrays)
+
+    def keep(ledger: Any, key: str, *rest: Any) -> None:
+        real_keep(ledger, key, *rest)
+        with lock:
+            kept.append((ledger.store.place, key))
+
+    class Again(Conductor):
+        def step(self, name: str, body: Callable[[], Any], check: Callable[[], None] = lambda: None) -> Any:
+            try:
+                return body()
+            except StoreError:
+                return body()
+
+    monkeypatch.setattr(ArrayGroup, "write", write)
+    monkeypatch.setattr(Ledger, "write", keep)
+    recipe = load_recipe(family.recipe(**{"cluster.kind": "none", "cluster.workers": 1, "cluster.memory": "40kB"}))
+    outcome = run_recipe(recipe, Silent(), Again())
+    assert len(failed) == 1
+    ingested = [one for one in kept if failed[0] in one[0]]
+    assert len(ingested) >= 3
+    assert len(set(kept)) == len(kept)
+    assert Artifact(outcome.path).verify() == []

@@ -21,6 +21,7 @@ from storage import leases
 from storage.cleaning import _NeededError, _remove, clean, leftovers
 from storage.deltas import run_record, table_group
 from storage.errors import StoreError
+from storage.layout import DOCUMENTS
 from storage.needed import BusyError, is_busy, raise_busy, survey
 from storage.stores import Store, open_store
 from tests.support.places import BUCKET, KINDS
@@ -136,6 +137,14 @@ def test_a_folder_of_a_base_is_left_to_who_begins_to_write_there(tmp_path: Path)
     with deltas.under(BASE).lock(B, raise_busy):
         assert removed(deltas, output) == {("expert", A), ("thresholds", A)}
         assert (tmp_path / "deltas" / BASE / f".{B}.lock").exists()
+
+
+def test_a_version_that_was_never_whole_goes_with_all_its_files(deltas: Store, output: Store) -> None:
+    artifact(output, "0" * 16, [B])
+    for name in ("pool-00001-of-00001.safetensors", "experts/math/config.json", "router/router.json", *DOCUMENTS):
+        output.put(f"{'8' * 16}/{name}", b"half")
+    cleaned(deltas, output)
+    assert not [key for key in output.sizes() if key.startswith("8")]
 
 
 def test_what_is_not_ours_is_left(deltas: Store, output: Store) -> None:

@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from storage import errors
-from storage.errors import ChannelMergingError
+from storage.errors import ChannelMergingError, PlanError, RecipeError, SourceError, StoreError, together
 
 
 def all_errors() -> list[type[ChannelMergingError]]:
@@ -28,3 +28,14 @@ def test_errors_travel_between_processes(kind: type[ChannelMergingError]) -> Non
 
 def test_one_problem_is_one_line() -> None:
     assert str(ChannelMergingError.listing("headline", ["one"])) == "headline: one"
+
+
+def test_several_errors_become_one_that_says_whose_fault_it_is() -> None:
+    one, two = PlanError.listing("strangers", ["a"]), PlanError.listing("strangers", ["b", "a"])
+    assert together([one]) is one
+    assert str(together([one, PlanError.listing("strangers", ["a"])])) == str(one)
+    assert str(together([one, two])) == "strangers: 2 problems\n  - a\n  - b"
+    silent = together([StoreError("no answer"), SourceError("no hub")])
+    assert (type(silent), silent.exit_code, silent.problems) == (StoreError, 3, ("no answer", "no hub"))
+    mixed = together([StoreError("no answer"), RecipeError.listing("recipe", ["groups"])])
+    assert (type(mixed), mixed.exit_code, mixed.problems) == (PlanError, 2, ("no answer", "groups"))

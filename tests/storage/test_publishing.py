@@ -183,7 +183,9 @@ def test_versions_are_found_without_reading_manifests_or_pools(gateway: Gateway,
     assert [path for path, _ in gateway.seen if path.count("/") > 1] == []  # listings are of the bucket
     assert find_by_inputs(output, smalls[2].manifest.inputs) == smalls[2].manifest
     read = [path.split("output/")[1] for path, _ in gateway.seen if path.count("/") > 1]
-    assert read == [f"{smalls[2].manifest.version}/{MANIFEST}"]
+    manifest = smalls[2].manifest
+    alias = f"{WORK}/{manifest.inputs}.{manifest.version}.version"
+    assert read == [LATEST, alias, f"{manifest.version}/{MANIFEST}"]
 
 
 def test_versions_that_came_another_way_are_found_by_their_manifests(output: Store, small: SmallArtifact) -> None:

@@ -206,7 +206,7 @@ def prefect_in(folder: Path, prepare: Callable[[Prefect], None], **variables: st
     try:
         found.start("server", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(found.port), "--no-ui")
         until(lambda: _is_up(found), lambda: f"the server\n{found.tail('server')}")
-        found.command("prefect", "concurrency-limit", "create", "download", "1")
+        found.command("prefect", "gcl", "create", "download", "--limit", "1")
         found.command("sh", ROOT / "infra" / "register.sh", cwd=folder)
         prepare(found)
         found.start("worker", "prefect", "worker", "start", "--pool", POOL, "--type", "process")
