@@ -311,19 +311,21 @@ def export(artifact: ArtifactPlace, expert: str, dest: Path) -> None:
 
 
 @app.command()
-def route(artifact: ArtifactPlace, query: str, as_json: AsJson = False) -> None:
-    """Say which expert should answer a query."""
-    from serving.router import artifact_router
-    from storage.artifact import Artifact
+def route(
+    artifact: ArtifactPlace,
+    query: Annotated[str | None, typer.Argument(metavar="[QUERY]", help="Or several, by --batch.")] = None,
+    batch: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A file with a query per line; - is standard input.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=0, metavar="K", help="Name the K likeliest experts too.")] = 0,
+    loaded: Annotated[str | None, typer.Option(metavar="NAME", help="The expert that is loaded now, or base.")] = None,
+    margin: Annotated[float, typer.Option(min=0, max=1, help="Stay with it when another's gain is below this.")] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Say which expert should answer a query, or each query of a file, in which what was chosen counts as loaded next."""
+    from flows.routing import route_queries
 
-    shares = artifact_router(Artifact(artifact)).route(query)
-    best = max(shares, key=lambda name: shares[name])
-    if as_json:
-        say_json({"expert": best, "probabilities": shares})
-        return
-    say(best)
-    for name, share in sorted(shares.items(), key=lambda item: -item[1]):
-        typer.echo(f"  {name} {share:.4f}", err=True)
+    route_queries(artifact, query, batch, top, loaded, margin, as_json=as_json)
 
 
 @app.command()

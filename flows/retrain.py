@@ -5,17 +5,16 @@ from __future__ import annotations
 import datetime
 import hashlib
 import time
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from flows.run import Conductor, Outcome, check_queries, holding, job_record, train_into
 from pipeline.engine import Reporter, Waiting
 from pipeline.job import package_versions
 from pipeline.recipe import Recipe
+from pipeline.router_inputs import RouterInputs, identify_router
 from serving.documents import with_documents
 from storage.artifact import WORK, Artifact
-from storage.digests import DigestCache, digest_of
+from storage.digests import digest_of
 from storage.errors import ArtifactError, RecipeError
 from storage.layout import ARTIFACT_FORMAT, DOCUMENTS
 from storage.manifest import FileRecord, Manifest, version_of
@@ -31,11 +30,11 @@ def _kept(manifest: Manifest) -> dict[str, FileRecord]:
     return {name: file for name, file in manifest.files.items() if not name.startswith("router/") and name not in DOCUMENTS}
 
 
-def _check(recipe: Recipe, found: Artifact, output: Store) -> dict[str, str]:
-    """sha256 of every file of queries. RecipeError or ArtifactError when these cannot make a router for this artifact."""
+def _check(recipe: Recipe, found: Artifact, output: Store) -> RouterInputs:
+    """What the router is made from. RecipeError or ArtifactError when it cannot be one for this artifact."""
     if recipe.router.kind == "none":
         raise RecipeError(
-            f"recipe {recipe.name}: router.kind is none: there is no router to train. Say linear, and its queries."
+            f"recipe {recipe.name}: router.kind is none: there is no router to train. Say linear or bert, and its queries."
         )
     manifest = found.manifest
     if manifest.parent is not None or found.store.place != output.under(manifest.version).place:
@@ -54,17 +53,15 @@ def _check(recipe: Recipe, found: Artifact, output: Store) -> dict[str, str]:
             f"{', '.join(sorted(recipe.experts))}. Use the recipe it was made from."
         )
     check_queries(recipe)
-    places = {name: Path(place) for name, place in sorted(recipe.router.queries.items())}
-    known = DigestCache().sha256(list(places.values()))
-    return {name: known[path] for name, path in places.items()}
+    return identify_router(recipe.router)
 
 
-def _inputs(recipe: Recipe, manifest: Manifest, queries: Mapping[str, str]) -> str:
+def _inputs(recipe: Recipe, manifest: Manifest, router: RouterInputs) -> str:
     versions = {name: version.split(".")[0] for name, version in package_versions().items()}
     covered: dict[str, Any] = {
         "files": {name: record.sha256 for name, record in _kept(manifest).items()},
-        "router": {"kind": recipe.router.kind, "queries": dict(queries), "seed": recipe.merge.seed},
-        "packages": {name: versions[name] for name in ("numpy", "scikit-learn", "dask-ml", "mmh3")},
+        "router": {**router.covered, "seed": recipe.merge.seed},
+        "packages": {name: versions[name] for name in ("numpy", "scikit-learn", "scipy", "dask-ml")},
     }
     return INPUTS + digest_of(covered)[len(INPUTS) :]
 
@@ -97,8 +94,9 @@ def retrain(recipe: Recipe, version: str | None, reporter: Reporter, conductor: 
     output = open_store(recipe.output)
     found = Artifact(output.under(version)) if version else Artifact(recipe.output)
     old = found.manifest
-    queries = conductor.step("resolve", lambda: _check(recipe, found, output))
-    inputs = _inputs(recipe, old, queries)
+    made_from = conductor.step("resolve", lambda: _check(recipe, found, output))
+    recipe = recipe.model_copy(update={"router": made_from.section})
+    inputs = _inputs(recipe, old, made_from)
     if (known := find_by_inputs(output, inputs)) is not None:
         make_latest(output, known.version)
         return Outcome(known.version, output.under(known.version).place, new=False, manifest=known)
@@ -116,7 +114,9 @@ def retrain(recipe: Recipe, version: str | None, reporter: Reporter, conductor: 
         output.clear(f"{staged}/router")
         started = time.monotonic()
         seed, files = recipe.merge.seed, output.under(staged)
-        router = conductor.step("router", lambda: train_into(files, recipe.router, queries, seed, reporter))
+        work = output.under(place)
+        router = conductor.step("router", lambda: train_into(files, work, made_from.section, seed, reporter))
+        made_from.check()
         seconds = time.monotonic() - started
         manifest = conductor.step(
             "report", lambda: with_documents(files, _described(recipe, old, inputs, files, router, seconds))

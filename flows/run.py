@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -15,13 +16,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+from platformdirs import user_cache_path
+
 from pipeline.engine import Cancelled, Engine, Reporter, Waiting, open_engine
 from pipeline.job import Job, resolve
 from pipeline.recipe import Recipe, RouterSection, load_recipe
-from router_training.data import load_queries
+from pipeline.router_inputs import ENCODER
 from serving.documents import with_documents
 from storage.atomic import canonical_json
 from storage.deltas import JOB, run_record
+from storage.digests import digest_of
 from storage.errors import ChannelMergingError, IncompleteStoreError, RecipeError, together
 from storage.manifest import Manifest
 from storage.publishing import find_by_inputs, is_published, make_latest
@@ -132,9 +136,24 @@ def prepare(recipe: Recipe) -> Job:
 
 
 def check_queries(recipe: Recipe) -> None:
-    """QueryDataError when the router could not be trained on the recipe's queries."""
-    if recipe.router.kind != "none":
-        load_queries({name: Path(place) for name, place in recipe.router.queries.items()})
+    """QueryDataError or CheckpointError when the router could not be trained on the recipe's queries or from its encoder."""
+    if recipe.router.kind == "none":
+        return
+    from router_training.data import check
+
+    errors: list[ChannelMergingError] = []
+    checks: list[Callable[[], object]] = [partial(check, recipe.router)]
+    if recipe.router.kind == "bert":
+        from router_training.encoders import check_encoder
+
+        checks.append(partial(check_encoder, ENCODER, recipe.router.encoder))
+    for one in checks:
+        try:
+            one()
+        except ChannelMergingError as error:
+            errors.append(error)
+    if errors:
+        raise together(errors)
 
 
 class Conductor:
@@ -184,28 +203,49 @@ def is_wrong_input(error: BaseException | None) -> bool:
     return isinstance(error, ChannelMergingError) and error.exit_code == WRONG_INPUT
 
 
-def train_into(staged: Store, router: RouterSection, queries: Mapping[str, str], seed: int, reporter: Reporter) -> Any:
+@contextmanager
+def _trained_in(work: Store) -> Iterator[Path]:
+    """A folder of this machine for what a training leaves on its way, where the next run of the same inputs finds it.
+
+    It goes with the unfinished work, or, where that lies in an object store, when the training has ended.
+    """
+    if work.is_local:
+        yield Path(work.place) / "router"
+        return
+    folder = user_cache_path("channel-merging") / "router" / digest_of(work.place)
+    try:
+        yield folder
+    except ChannelMergingError as error:
+        if is_wrong_input(error):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def train_into(staged: Store, work: Store, router: RouterSection, seed: int, reporter: Reporter) -> Any:
     """Train a router into what is staged; what was measured of it, None when the recipe wants none.
 
-    ``queries``: sha256 of the file of every expert.
+    ``work``: the run's unfinished work; ``router`` has its sources pinned.
     """
     if router.kind == "none":
         return None
-    from router_training.linear import train_router
+    from router_training.training import train_router
 
     reporter.start("router", 1)
-    sources = {name: Path(place) for name, place in router.queries.items()}
-    with TemporaryDirectory() as folder:
-        card = train_router(sources, dict(queries), seed, Path(folder) / "router")
-        for path in sorted((Path(folder) / "router").iterdir()):
-            staged.put(f"router/{path.name}", path.read_bytes())
-    reporter.advance("router", "linear")
+    with _trained_in(work) as place, TemporaryDirectory() as folder:
+        card = train_router(router, seed, Path(folder) / "router", place)
+        for path in sorted((Path(folder) / "router").rglob("*")):
+            if path.is_file():
+                name = path.relative_to(Path(folder) / "router").as_posix()
+                with path.open("rb") as file:
+                    staged.upload(f"router/{name}", iter(partial(file.read, 1 << 24), b""), size=path.stat().st_size)
+    reporter.advance("router", router.kind)
     reporter.done("router")
     return card
 
 
 def _train(job: Job, reporter: Reporter) -> Any:
-    return train_into(job.staged, job.recipe.router, job.queries, job.recipe.merge.seed, reporter)
+    return train_into(job.staged, job.work, job.recipe.router, job.recipe.merge.seed, reporter)
 
 
 def _make(job: Job, engine: Engine, conductor: Conductor) -> Outcome:

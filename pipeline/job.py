@@ -13,20 +13,21 @@ from pipeline.drafting import make_plan, open_sources
 from pipeline.opening import Opened
 from pipeline.plan import MergePlan, TensorPlan
 from pipeline.recipe import Recipe
+from pipeline.router_inputs import RouterInputs, identify_router
 from pipeline.vocabulary import compare_vocabularies
 from storage.artifact import WORK
 from storage.checkpoint import Checkpoint
 from storage.deltas import StoredRows, base_group
-from storage.digests import DigestCache, digest_of, short_id, stamp
-from storage.errors import ChangedError, ChannelMergingError, OutputExistsError, QueryDataError, together
-from storage.files import Folder, is_same
+from storage.digests import digest_of, short_id
+from storage.errors import ChangedError, ChannelMergingError, OutputExistsError, together
+from storage.files import Folder
 from storage.layout import ARTIFACT_FORMAT, DTYPES, is_transposed
 from storage.places import scheme_of
 from storage.publishing import check_output
 from storage.stores import Store, open_store
 from storage.tensors import TensorInfo
 
-COMPUTING_PACKAGES = ("numpy", "numba", "torch", "scikit-learn", "dask-ml", "mmh3")
+COMPUTING_PACKAGES = ("numpy", "numba", "torch", "scikit-learn", "scipy", "dask-ml")
 """Packages whose arithmetic the result depends on; their major versions are part of a job's inputs."""
 STAGED = "staged"
 RECORDED_PACKAGES = (*COMPUTING_PACKAGES, "zarr", "safetensors", "dask", "distributed")
@@ -68,20 +69,17 @@ class Job:
     """The base's tensors that are copied into the delta store, where the plan reads them: array -> where they come from."""
     experts: Mapping[str, Source]
     """In order of name."""
-    queries: Mapping[str, str]
-    """sha256 of every file of queries, by expert."""
-    query_stamps: Mapping[str, list[int]]
+    router: RouterInputs
+    """What the router is made from."""
     inputs: str
     """Digest of all that determines the result."""
 
     def check_sources(self) -> None:
-        """CheckpointError or QueryDataError when anything the job read is no longer what was hashed."""
+        """CheckpointError or QueryDataError when anything the job read is no longer what was identified."""
         check_unchanged("base", self.base)
         for name, source in self.experts.items():
             check_unchanged(f"expert {name}", source)
-        for name, seen in self.query_stamps.items():
-            if not is_same(Path(self.recipe.router.queries[name]), seen, self.queries[name]):
-                raise QueryDataError(f"router.queries.{name}: the file changed while the run read it. Run again.")
+        self.router.check()
 
     @property
     def deltas(self) -> Store:
@@ -122,13 +120,13 @@ def package_versions() -> dict[str, str]:
     return {name: version(name) for name in RECORDED_PACKAGES}
 
 
-def _inputs(recipe: Recipe, base: Source, experts: Mapping[str, Source], queries: Mapping[str, str]) -> str:
+def _inputs(recipe: Recipe, base: Source, experts: Mapping[str, Source], router: RouterInputs) -> str:
     """Digest of what determines the result: not paths, cluster or display name."""
     covered: dict[str, Any] = {
         "format": ARTIFACT_FORMAT,
         "kernel": recipe.cluster.kernel,
         "merge": recipe.merge.model_dump(mode="json"),
-        "router": {"kind": recipe.router.kind, "queries": dict(queries)},
+        "router": router.covered,
         "base": dict(base.files),
         "experts": {name: [dict(source.files), recipe.experts[name].weight] for name, source in experts.items()},
         "packages": {name: version(name).split(".")[0] for name in COMPUTING_PACKAGES},
@@ -193,13 +191,13 @@ def _with_stored_base(recipe: Recipe, plan: MergePlan, opened: Opened, base: Sou
     return replace(plan, tensors=tensors), stored
 
 
-def _pinned(recipe: Recipe, opened: Opened) -> Recipe:
+def _pinned(recipe: Recipe, opened: Opened, router: RouterInputs) -> Recipe:
     """The recipe with the sources that were opened: revisions as commits."""
     experts = {
         name: recipe.experts[name].model_copy(update={"source": checkpoint.folder.place})
         for name, checkpoint in opened.experts.items()
     }
-    return recipe.model_copy(update={"base": opened.base.folder.place, "experts": experts})
+    return recipe.model_copy(update={"base": opened.base.folder.place, "experts": experts, "router": router.section})
 
 
 def _checked(recipe: Recipe, checks: Iterable[Callable[[Recipe], object]]) -> list[Any]:
@@ -220,6 +218,10 @@ def plan_recipe(recipe: Recipe) -> MergePlan:
     return make_plan(recipe, open_sources(recipe))
 
 
+def _identified_router(recipe: Recipe) -> RouterInputs:
+    return identify_router(recipe.router)
+
+
 def _opened_and_planned(recipe: Recipe) -> tuple[Opened, MergePlan]:
     opened = open_sources(recipe)
     return opened, make_plan(recipe, opened)
@@ -230,8 +232,8 @@ def resolve(recipe: Recipe, *more_checks: Callable[[Recipe], object]) -> Job:
 
     ``more_checks`` are the caller's own; what they raise is listed with the rest.
     """
-    opened, plan = _checked(recipe, (check_places, *more_checks, _opened_and_planned))[-1]
-    recipe = _pinned(recipe, opened)
+    *_, router, (opened, plan) = _checked(recipe, (check_places, *more_checks, _identified_router, _opened_and_planned))
+    recipe = _pinned(recipe, opened, router)
     base = _identified(None, opened.base, {})
     with ThreadPoolExecutor(len(opened.experts)) as pool:
         found = pool.map(lambda name: _identified(base, opened.experts[name], plan.ties[name]), opened.experts)
@@ -239,10 +241,6 @@ def resolve(recipe: Recipe, *more_checks: Callable[[Recipe], object]) -> Job:
     mutable = any(source.stamps for source in (base, *sources.values()))
     if mutable and open_sources(recipe) != opened:  # headers were read before the stamps were taken
         raise ChangedError("a checkpoint changed while its headers were read. Run again.")
-    asked = {name: Path(place) for name, place in sorted(recipe.router.queries.items())} if recipe.router.kind != "none" else {}
-    seen = {name: stamp(path.resolve()) for name, path in asked.items()}
-    known = DigestCache().sha256(list(asked.values()))
-    queries = {name: known[path] for name, path in asked.items()}
     plan, stored = _with_stored_base(recipe, plan, opened, base)
     plan = replace(plan, notes=(*plan.notes, *compare_vocabularies(plan, base.side, {n: s.side for n, s in sources.items()})))
-    return Job(recipe, plan, base, stored, sources, queries, seen, _inputs(recipe, base, sources, queries))
+    return Job(recipe, plan, base, stored, sources, router, _inputs(recipe, base, sources, router))

@@ -22,6 +22,7 @@ from pipeline.sections import (
     ClusterSection,
     ExpertSpec,
     MergeSection,
+    QuerySource,
     Recipe,
     RouterSection,
     Rule,
@@ -29,11 +30,11 @@ from pipeline.sections import (
     spelled_out,
 )
 from storage.errors import RecipeError
-from storage.places import kind_of, local_path, target_at
+from storage.places import kind_of, local_path, query_kind, target_at
 
 __all__ = [
-    "AUTO", "ROUNDING", "ClusterSection", "ExpertSpec", "MergeSection", "Recipe", "RouterSection", "Rule", "load_recipe",
-    "parse_assignment", "parse_bytes", "rule_for",
+    "AUTO", "ROUNDING", "ClusterSection", "ExpertSpec", "MergeSection", "QuerySource", "Recipe", "RouterSection", "Rule",
+    "load_recipe", "parse_assignment", "parse_bytes", "rule_for",
 ]  # fmt: skip
 
 
@@ -57,6 +58,8 @@ _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
 
 def _known_keys(location: Sequence[int | str]) -> list[str]:
     """The keys allowed in the section that holds this location."""
+    if location[0] == "router" and len(location) > 2:
+        return list(QuerySource.model_fields)
     sections: dict[str, type[BaseModel]] = {
         "merge": MergeSection, "router": RouterSection, "cluster": ClusterSection, "experts": ExpertSpec,
     }  # fmt: skip
@@ -65,8 +68,23 @@ def _known_keys(location: Sequence[int | str]) -> list[str]:
     return list((Rule if "rules" in location else sections[str(location[0])]).model_fields)
 
 
-def _problem(error: Any) -> str:
-    location = error["loc"]
+def _location(error: Any, fields: dict[str, Any]) -> tuple[int | str, ...]:
+    """Where in the recipe an error is: without the position in a list where it has the short form, one source alone."""
+    found: list[int | str] = []
+    target: Any = fields
+    for part in error["loc"]:
+        if isinstance(part, int) and not isinstance(target, list):
+            continue
+        found.append(part)
+        try:
+            target = target[part]
+        except (KeyError, IndexError, TypeError):
+            target = None
+    return tuple(found)
+
+
+def _problem(error: Any, fields: dict[str, Any]) -> str:
+    location = _location(error, fields)
     where = ".".join(map(str, location)) or "recipe"
     if error["type"] == "extra_forbidden":
         known = _known_keys(location)
@@ -93,7 +111,7 @@ def _apply(fields: dict[str, Any], path: str, value: Any) -> None:
     *parents, last = path.split(".")
     target = fields
     for position, part in enumerate(parents):
-        if parents[0] == "experts" and position == 1:
+        if (parents[0], position) in (("experts", 1), ("router", 2)) and isinstance(target.get(part, {}), str | dict):
             target[part] = spelled_out(target.get(part, {}))  # the short form, a source alone, has no keys to set
         target = target.setdefault(part, {})
         if not isinstance(target, dict):
@@ -111,11 +129,19 @@ def _source_at(folder: Path, place: str, revision: str | None = None) -> str:
     return f"{place}@{revision}" if revision else place
 
 
+def _queries_at(folder: Path, sources: tuple[QuerySource, ...]) -> tuple[QuerySource, ...]:
+    """Sources of queries as they are opened: absolute paths, and ``id[@revision]`` of data sets."""
+    places = (
+        spec.source if query_kind(spec.source, folder) == "hub" else str(local_path(spec.source, folder)) for spec in sources
+    )
+    return tuple(spec.model_copy(update={"source": place}) for spec, place in zip(sources, places, strict=True))
+
+
 def _repaired(fields: dict[str, Any], errors: Sequence[Any]) -> Recipe | None:
     """The recipe without what is wrong with single keys, so that the rest can be checked too; None when that fails."""
     copy = deepcopy(fields)
     for error in errors:
-        *parents, last = error["loc"] or ("",)
+        *parents, last = _location(error, fields) or ("",)
         target: Any = copy
         try:
             for part in parents:
@@ -137,7 +163,7 @@ def _validated(headline: str, fields: dict[str, Any], folder: Path) -> Recipe:
     try:
         recipe: Recipe | None = Recipe.model_validate(fields)
     except ValidationError as error:
-        problems = dict.fromkeys(_problem(found) for found in error.errors())
+        problems = dict.fromkeys(_problem(found, fields) for found in error.errors())
         recipe = _repaired(fields, error.errors())
     if recipe is not None:
         problems |= dict.fromkeys(cross_check(recipe, folder))
@@ -167,8 +193,13 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
         name: spec.model_copy(update={"source": _source_at(folder, spec.source, spec.revision), "revision": None})
         for name, spec in recipe.experts.items()
     }
-    queries = {name: str(local_path(place, folder)) for name, place in recipe.router.queries.items()}
-    router = recipe.router.model_copy(update={"queries": queries})
+    router = recipe.router.model_copy(
+        update={
+            "queries": {name: _queries_at(folder, sources) for name, sources in recipe.router.queries.items()},
+            "outside": _queries_at(folder, recipe.router.outside),
+            "encoder": _source_at(folder, recipe.router.encoder),
+        }
+    )
     base = _source_at(folder, recipe.base)
     return recipe.model_copy(update={**places, "base": base, "experts": experts, "router": router})
 

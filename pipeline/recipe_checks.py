@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
-from pipeline.sections import AUTO, ROUNDING, ExpertSpec, MergeSection, Recipe
+from pipeline.sections import AUTO, OF_BERT, ROUNDING, ExpertSpec, MergeSection, QuerySource, Recipe, RouterSection
 from storage.places import (
     OBJECT_STORES,
+    QUERIES,
     kind_of,
     local_path,
     local_problem,
     object_problem,
+    query_kind,
+    query_problem,
     scheme_of,
     shown_scheme,
     source_problem,
     split_revision,
     target_at,
 )
+
+BASE = "base"
+"""As a fallback: the base model."""
 
 
 def _source_problems(where: str, place: str, revision: str | None, folder: Path) -> list[str]:
@@ -129,6 +135,74 @@ def _method_problems(merge: MergeSection, experts: Mapping[str, ExpertSpec]) -> 
     return problems
 
 
+def _options_problems(where: str, spec: QuerySource, is_hub: bool) -> list[str]:
+    """Settings of one source of queries that do not go with it."""
+    problems = []
+    if spec.column is not None and spec.messages is not None:
+        problems.append(f"{where}: column or messages, got both; keep the one that holds the query")
+    if is_hub:
+        return problems
+    of_hub = [key for key in ("config", "split") if key in spec.model_fields_set and getattr(spec, key) is not None]
+    problems += [f"{where}.{key}: only data sets on the Hub have one, got {spec.source}; leave it out" for key in of_hub]
+    if PurePath(spec.source.removesuffix(".gz")).suffix.lower() == ".txt":
+        found = [key for key in ("column", "messages", "group") if getattr(spec, key) is not None]
+        problems += [f"{where}.{key}: a text file has no columns, it has a query a line; leave it out" for key in found]
+    return problems
+
+
+def _query_problems(router: RouterSection, folder: Path) -> list[str]:
+    """What is wrong with how sources of queries are written."""
+    problems = []
+    seen: dict[QuerySource, str] = {}
+    for placed_at, sources in [*sorted(router.queries.items()), (None, router.outside)]:
+        key = "router.outside" if placed_at is None else f"router.queries.{placed_at}"
+        if not sources and placed_at is not None:
+            problems.append(f"{key}: no source; give {QUERIES}")
+        for number, spec in enumerate(sources):
+            where = f"{key}.{number}" if len(sources) > 1 else key
+            if wrong := query_problem(spec.source, folder):
+                problems.append(f"{where}: {wrong}")
+                continue
+            problems += _options_problems(where, spec, query_kind(spec.source, folder) == "hub")
+            if (first := seen.setdefault(spec, where)) != where:
+                problems.append(f"{where}: the same queries as {first}, which tell nobody apart; remove one")
+    return problems
+
+
+def _router_problems(router: RouterSection, experts: Mapping[str, ExpertSpec], folder: Path) -> list[str]:
+    """What of the router's section does not fit the experts, or its kind."""
+    problems = []
+    if router.kind != "none":
+        if len(experts) < 2:
+            problems.append("router.kind: a router needs at least two experts to choose from; set it to none")
+        missing = sorted(experts.keys() - router.queries.keys())
+        problems += [f"router.queries: no queries for expert {name!r}; add a source of its questions" for name in missing]
+    known = ", ".join(sorted(experts))
+    named = [f"router.queries.{name}" for name in sorted(router.queries.keys() - experts.keys())]
+    if isinstance(router.threshold, dict):
+        named += [f"router.threshold.{name}" for name in sorted(router.threshold.keys() - experts.keys())]
+    problems += [f"{key}: there is no expert of that name; experts: {known}" for key in named]
+    if router.fallback not in (None, BASE, *experts):
+        problems.append(f"router.fallback: expected {BASE!r} or an expert ({known}), got {router.fallback!r}")
+    if router.fallback == BASE and BASE in experts:
+        problems.append(f"router.fallback: {BASE!r} is the base model here, and an expert has that name; rename the expert")
+    levels = router.threshold.values() if isinstance(router.threshold, dict) else [router.threshold]
+    if router.fallback is None and any(levels):
+        problems.append("router.threshold: below it the fallback is chosen, and there is none; set router.fallback")
+    if router.fallback is not None and not any(levels):
+        problems.append("router.fallback: it is chosen below router.threshold, which is 0; set that to auto or a number")
+    if router.kind == "linear":
+        found = [key for key in OF_BERT if key in router.model_fields_set]
+        problems += [f"router.{key}: only kind bert has it, the kind is linear; leave it out" for key in found]
+    if router.kind == "bert":
+        problems += _source_problems("router.encoder", router.encoder, None, folder)
+        if router.batch % router.accumulate:
+            problems.append(
+                f"router.accumulate: expected a divisor of the batch, {router.batch}, got {router.accumulate}; change one"
+            )
+    return problems
+
+
 def cross_check(recipe: Recipe, folder: Path) -> list[str]:
     """All that is wrong with a recipe whose keys are sound each; ``folder`` is the one that it lies in."""
     names, count = recipe.experts, len(recipe.experts)
@@ -137,15 +211,7 @@ def cross_check(recipe: Recipe, folder: Path) -> list[str]:
     for name, spec in sorted(names.items()):
         problems += _source_problems(f"experts.{name}", spec.source, spec.revision, folder)
     problems += _target_problems(recipe, folder)
-    for name, place in sorted(recipe.router.queries.items()):
-        problems += _local_problems(f"router.queries.{name}", place, folder, "queries are read from local files", "give a file")
-    if recipe.router.kind != "none":
-        if count < 2:
-            problems.append("router.kind: a router needs at least two experts to choose from; set it to none")
-        missing = sorted(names.keys() - recipe.router.queries.keys())
-        problems += [f"router.queries: no queries for expert {name!r}; add a file of its questions" for name in missing]
-    unknown, known = sorted(recipe.router.queries.keys() - names.keys()), ", ".join(sorted(names))
-    problems += [f"router.queries.{name}: there is no expert of that name; experts: {known}" for name in unknown]
+    problems += _query_problems(recipe.router, folder) + _router_problems(recipe.router, names, folder)
     folded: dict[str, str] = {}
     for name in sorted(names):
         if name.lower() in folded:

@@ -6,9 +6,19 @@ import re
 import sys
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-from storage.places import SOURCES
+from storage.places import QUERIES, SOURCES
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 SIZE = re.compile(r"([0-9.]+)\s*([KMGT]?i?B)?", re.IGNORECASE)
@@ -137,12 +147,111 @@ class MergeSection(_Section):
     rules: tuple[Rule, ...] = Field(default=(), strict=False)
 
 
-class RouterSection(_Section):
-    """How the expert is picked per query."""
+def _query_source(value: Any) -> Any:
+    if not isinstance(value, str | dict | QuerySource):
+        raise ValueError(f"expected a source ({QUERIES}) or a mapping with one")
+    return spelled_out(value)
 
-    kind: Literal["linear", "none"] = "none"
-    queries: dict[str, str] = {}
-    """Expert -> JSONL file of lines {"text": …}."""
+
+def _query_sources(value: Any) -> Any:
+    """The sources of an expert, of which one alone is the short form."""
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _threshold(value: Any) -> Any:
+    values = value.values() if isinstance(value, dict) else [value]
+    if value == AUTO:
+        return value
+    if all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < 1 for v in values):
+        return {name: float(v) for name, v in value.items()} if isinstance(value, dict) else float(value)
+    raise ValueError("expected 'auto', a number from 0 to below 1, or one for each expert")
+
+
+def _number(value: Any) -> Any:
+    """A number that YAML takes for text, as 1e-4 is without a point."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+Threshold = float | Literal["auto"] | dict[str, float]
+
+
+class QuerySource(_Section):
+    """Queries of one kind: their source, or a mapping with what of it is read."""
+
+    source: Annotated[str, BeforeValidator(_source)]
+    """Data set on the Hub (org/name[@revision]), or a file: JSON Lines, Parquet (.parquet) or text (.txt), a query a line."""
+    config: str | None = None
+    """Of a data set: which of its subsets."""
+    split: str = "train"
+    """Of a data set."""
+    column: str | None = None
+    """That holds the query; ``text`` by default."""
+    messages: str | None = None
+    """Instead of ``column``: that holds a chat, of which the user's first message is the query."""
+    group: str | None = None
+    """That names the question of which the query is a phrasing; those of one question are trained on, or held out, together."""
+    language: str | None = None
+    """Of all its queries; by default their script is looked at."""
+    limit: int | None = Field(default=None, ge=1)
+    """Rows that are read, from the beginning."""
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is the default: a file may not name a split, and need not say what it lacks."""
+        defaults = type(self).model_fields
+        return {key: value for key, value in fields(self).items() if key == "source" or value != defaults[key].default}
+
+
+QuerySources = Annotated[
+    tuple[Annotated[QuerySource, BeforeValidator(_query_source)], ...], BeforeValidator(_query_sources), Field(strict=False)
+]
+OF_BERT = (
+    "encoder", "epochs", "batch", "learning_rate", "warmup", "weight_decay", "max_length", "accumulate", "early_stop",
+)  # fmt: skip
+"""Keys of a router that only ``kind: bert`` has."""
+
+
+class RouterSection(_Section):
+    """How the expert is picked per query: a classifier of queries by the expert on whose kind of data they are (Eq. 6)."""
+
+    kind: Literal["linear", "bert", "none"] = "none"
+    """``linear``: hashed n-grams and a logistic model, trained on CPUs; ``bert``: the paper's fine-tuned encoder."""
+    queries: dict[str, QuerySources] = {}
+    """Expert -> where its queries come from."""
+    outside: QuerySources = ()
+    """Queries of no expert's kind; they are never trained on, they show how well such queries are noticed."""
+    total: int | None = Field(default=50_000, ge=1)
+    """Queries that are used, the same number of every expert as far as there are; null: all."""
+    bad_share: float = Field(default=0.01, ge=0, le=1)
+    """Rows of one source that may be unreadable, as a share; they are counted and left out."""
+    threshold: Annotated[Threshold, PlainValidator(_threshold)] = 0.0
+    """Probability below which the fallback is chosen; ``auto``: what keeps 95 % of the right answers of each expert."""
+    fallback: str | None = None
+    """An expert, or ``base``, the base model, for queries that the router is not sure of; null: always the likeliest expert."""
+    encoder: Annotated[str, BeforeValidator(_source)] = "google-bert/bert-base-multilingual-cased"
+    """Hub id[@revision] or local folder."""
+    epochs: int = Field(default=1, ge=1)
+    batch: int = Field(default=128, ge=1)
+    """Queries per update."""
+    learning_rate: Number = Field(default=1e-4, gt=0, allow_inf_nan=False)
+    warmup: Number = Field(default=0.1, ge=0, le=1)
+    """Share of the updates over which the learning rate rises."""
+    weight_decay: Number = Field(default=0.01, ge=0, allow_inf_nan=False)
+    max_length: int = Field(default=512, ge=2)
+    """Tokens; what is longer is cut."""
+    accumulate: int = Field(default=1, ge=1)
+    """Passes that a batch is divided into, where the device has no room for it whole."""
+    early_stop: int | None = Field(default=None, ge=1)
+    """Looks at the validation loss without an improvement after which training ends; null: never before its end."""
+
+    @model_serializer(mode="wrap")
+    def _what_counts(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the keys of the other kind, which a recipe may not name either."""
+        return {key: value for key, value in fields(self).items() if self.kind == "bert" or key not in OF_BERT}
 
 
 class ClusterSection(_Section):

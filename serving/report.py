@@ -5,7 +5,7 @@ Both are pure functions of the manifest, equal for equal manifests: the page bes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -21,9 +21,9 @@ from serving.report_figures import (
     layer_figures,
     merged_sharing,
     name_figures,
-    natural_order,
     policy_figures,
 )
+from serving.report_router import router_figures
 from storage.layout import DOCUMENTS, RESIDUE_FILE, ROWS_FILE
 from storage.manifest import Manifest
 
@@ -62,7 +62,7 @@ def analysis(manifest: Manifest) -> dict[str, Any]:
         "policies": policy_figures(manifest.tensors),
         "names": name_figures(manifest.tensors),
         "coverage": coverage(manifest),
-        "router": _router(manifest.router, experts),
+        "router": router_figures(manifest.router, experts),
         "stages": _stages(manifest.seconds, manifest.moved),
         "notes": list(manifest.notes),
         "recipe": _ordered(manifest.recipe),
@@ -82,7 +82,7 @@ def report_html(manifest: Manifest) -> str:
 @cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True)
-    for name in ("number", "percent", "ratio", "size", "figure"):
+    for name in ("number", "percent", "ratio", "size", "figure", "is_share"):
         environment.filters[name] = getattr(words, name)
     return environment.from_string(files("serving").joinpath("report.html.j2").read_text("utf-8"))
 
@@ -161,74 +161,6 @@ def _stages(seconds: Mapping[str, float], moved: Mapping[str, int]) -> list[dict
         {"stage": stage, **{key: found[stage].get(key) for key in ("seconds", *MOVES)}}
         for stage in [*known, *sorted(found.keys() - set(known))]
     ]
-
-
-def _router(router: Mapping[str, Any] | None, experts: Sequence[str]) -> dict[str, Any] | None:
-    """What was measured of a router, whatever its kind: the confusion matrix, single figures by dotted key, tables."""
-    if router is None:
-        return None
-    counts, named = _square(router.get("confusion")), router.get("experts")
-    names = [str(name) for name in named] if isinstance(named, list | tuple) else list(experts)
-    told = {"kind", "experts"} | ({"confusion"} if counts else set())
-    found = list(_flat({key: value for key, value in router.items() if key not in told}))
-    return {
-        "kind": router.get("kind"),
-        "confusion": _confusion(counts, names) if counts else None,
-        "figures": {key: value for key, value in found if not _is_table(value)},
-        "tables": [_table(key, value) for key, value in found if _is_table(value)],
-    }
-
-
-def _square(value: Any) -> list[list[float]] | None:
-    """A square matrix of numbers, if it is one."""
-    if not isinstance(value, list | tuple) or not all(
-        isinstance(row, list | tuple) and len(row) == len(value) for row in value
-    ):
-        return None
-    return [list(row) for row in value] if all(isinstance(count, int | float) for row in value for count in row) else None
-
-
-def _confusion(counts: Sequence[Sequence[float]], names: Sequence[str]) -> dict[str, Any]:
-    """Rows: the query's expert; columns: the one chosen. With each expert's recall and precision."""
-    fits = len(names) == len(counts)
-    places = range(len(counts))
-    asked = [sum(row) for row in counts]
-    chosen = [sum(row[place] for row in counts) for place in places]
-    return {
-        "experts": list(names) if fits else [f"expert {place + 1}" for place in places],
-        "counts": [list(row) for row in counts],
-        "recall": [counts[n][n] / asked[n] if asked[n] else None for n in places],
-        "precision": [counts[n][n] / chosen[n] if chosen[n] else None for n in places],
-    }
-
-
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Single figures, short lists and tables of a nested record, by their dotted keys, in order of name."""
-    if isinstance(value, Mapping):
-        for name, held in sorted(value.items(), key=lambda item: natural_order(str(item[0]))):
-            yield from _flat(held, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list | tuple) and not _is_table(value):
-        yield key, [item if isinstance(item, str | int | float | None) else str(item) for item in value]
-    else:
-        yield key, value
-
-
-def _is_table(value: Any) -> bool:
-    """Whether a value is a list of records or of lists."""
-    return isinstance(value, list | tuple) and bool(value) and all(isinstance(row, Mapping | list | tuple) for row in value)
-
-
-def _table(key: str, rows: Sequence[Any]) -> dict[str, Any]:
-    """A list of records or of lists as columns and rows."""
-    records = [
-        dict(_flat(row)) if isinstance(row, Mapping) else {str(n): cell for n, cell in enumerate(row, 1)} for row in rows
-    ]
-    columns = list(dict.fromkeys(column for record in records for column in record))
-    return {"name": key, "columns": columns, "rows": [[_cell(record.get(column)) for column in columns] for record in records]}
-
-
-def _cell(value: Any) -> Any:
-    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def _tops(found: Mapping[str, Any]) -> dict[str, float]:

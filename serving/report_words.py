@@ -49,13 +49,25 @@ def size(count: int | None) -> str:
     return f"{count} {'byte' if count == 1 else 'bytes'}"
 
 
+def microseconds(value: float) -> str:
+    """A time in the largest unit of which there is one: 65 µs, 1.2 ms."""
+    for unit, amount in (("s", 1e6), ("ms", 1e3)):
+        if value >= amount:
+            return f"{value / amount:,.3g} {unit}"
+    return f"{value:.3g} µs"
+
+
+def is_share(key: str, value: Any) -> bool:
+    """Whether a router's figure, by its key, is a share of something."""
+    is_number = isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool))
+    return key.rpartition(".")[2] in SHARES and is_number and 0 <= value <= 1
+
+
 def figure(key: str, value: Any) -> str:
     """A router's figure, by its key: shares in per cent."""
     if isinstance(value, list):
         return ", ".join(number(item) for item in value) or "–"
-    if key.rpartition(".")[2] in SHARES and isinstance(value, float) and 0 <= value <= 1:
-        return percent(value)
-    return number(value)
+    return percent(value) if is_share(key, value) else number(value)
 
 
 def merge_words(merge: Section, experts: int) -> list[str]:

@@ -60,6 +60,12 @@ class QueryDataError(ChannelMergingError, ValueError):
     exit_code = 2
 
 
+class QueriesChangedError(QueryDataError):
+    """A file of queries became another one while it was read; the next run reads that."""
+
+    exit_code = 3
+
+
 class OutputExistsError(ChannelMergingError, FileExistsError):
     """A place to write to holds something that is not ours."""
 

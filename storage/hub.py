@@ -121,7 +121,7 @@ class HubFile:
             return Path(hf_hub_download(self.repo, self.name, revision=self.commit, **options))
 
         # the client repeats neither a 5xx nor a reset connection once the body was asked for
-        path = answer(self.place, self, lambda: _persistently(fetch))
+        path = answer(self.place, self, lambda: persistently(fetch))
         if (size := path.stat().st_size) != self.size:
             problem = f"expected {self.size} bytes, its copy {path} has {size}. Delete it and run again."
             raise CheckpointError(f"{self.place}: {problem}")
@@ -202,14 +202,14 @@ def open_hub(label: str, repo: str, revision: str | None) -> Folder:
     reached after retries.
     """
     subject = f"{label}: {repo}" if revision is None else f"{label}: {repo}@{revision}"
-    asked = HubFolder(repo, revision or constants.DEFAULT_REVISION, _endpoint(label), ())
+    asked = HubFolder(repo, revision or constants.DEFAULT_REVISION, endpoint_of(label), ())
     answer(subject, asked, lambda: validate_repo_id(repo))
     if constants.is_offline_mode():
         return answer(subject, asked, lambda: _cached_folder(asked))
     return answer(subject, asked, lambda: _listed_folder(asked, revision))
 
 
-def _endpoint(label: str) -> str:
+def endpoint_of(label: str) -> str:
     """The Hub's address. Read when it is needed: the client reads it once, at import."""
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     if "@" in urlsplit(endpoint).netloc:
@@ -217,7 +217,7 @@ def _endpoint(label: str) -> str:
     return endpoint
 
 
-def _options(to_hub: bool = True, **headers: str) -> dict[str, Any]:
+def request_options(to_hub: bool = True, **headers: str) -> dict[str, Any]:
     """Of each request. The token, where there is one, goes to the endpoint alone: redirects elsewhere lose it."""
     own = build_hf_headers(library_name=LIBRARY, token=None if to_hub else False)
     return {"headers": {**own, "Accept-Encoding": "identity", **headers}, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
@@ -230,14 +230,14 @@ def _listed_folder(asked: HubFolder, revision: str | None) -> HubFolder:
 
     def request() -> dict[str, Any]:
         url = f"{asked.endpoint}/api/models/{asked.repo}{at_revision}"
-        response = get_session().get(url, params={"blobs": True}, follow_redirects=True, **_options())
+        response = get_session().get(url, params={"blobs": True}, follow_redirects=True, **request_options())
         hf_raise_for_status(response)
         found = response.json()
         if not isinstance(found, dict) or not isinstance(found.get("sha"), str):
             raise ValueError("no commit in its answer")
         return found
 
-    info = _persistently(request)
+    info = persistently(request)
     entries = tuple(_entry(sibling) for sibling in info.get("siblings") or [] if _is_top_level(sibling["rfilename"]))
     if any(entry is None for entry in entries):
         entries = _tree(asked, info["sha"])
@@ -325,7 +325,7 @@ def _resolved(file: HubFile) -> str:
     """Where the Hub redirects readers of a file to; the file's own URL when it does not."""
     url, home = file.url, httpx2.URL(file.url)
     for _ in range(MAX_REDIRECTS):
-        response = get_session().head(url, follow_redirects=False, **_options())
+        response = get_session().head(url, follow_redirects=False, **request_options())
         hf_raise_for_status(response)
         if not response.has_redirect_location:
             return file.url
@@ -354,7 +354,7 @@ def _stream(file: HubFile, view: memoryview, offset: int) -> bool:
     def transfer(address: str) -> bool:
         nonlocal done
         start = offset + done
-        options = _options(address == file.url, Range=f"bytes={start}-{offset + len(view) - 1}")
+        options = request_options(address == file.url, Range=f"bytes={start}-{offset + len(view) - 1}")
         with get_session().stream("GET", address, follow_redirects=True, **options) as response:
             if response.status_code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                 hf_raise_for_status(response)
@@ -370,7 +370,7 @@ def _stream(file: HubFile, view: memoryview, offset: int) -> bool:
             raise httpx2.RemoteProtocolError(f"the answer ended at byte {offset + done}")
         return True
 
-    return _persistently(lambda: _at_address(file, transfer), lambda: done)
+    return persistently(lambda: _at_address(file, transfer), lambda: done)
 
 
 def _first_byte(file: HubFile, response: httpx2.Response) -> int | None:
@@ -391,7 +391,7 @@ def _first_byte(file: HubFile, response: httpx2.Response) -> int | None:
     return first
 
 
-def _persistently(request: Callable[[], _T], progress: Callable[[], int] = int) -> _T:
+def persistently(request: Callable[[], _T], progress: Callable[[], int] = int) -> _T:
     """What a request returns, made again when its connection is lost or the server is busy.
 
     Attempts that made progress do not count.

@@ -88,7 +88,7 @@ def answer(subject: str, asked: Asked, request: Callable[[], _T]) -> _T:
     raise problem  # outside of ``except``: the client's error holds the request, with its token
 
 
-def _line(text: object, limit: int = 200) -> str:
+def one_line(text: object, limit: int = 200) -> str:
     """A text of the client's or of a server's as one line, without queries of addresses."""
     return _QUERY.sub("", " ".join(str(text).split()))[:limit]
 
@@ -111,20 +111,20 @@ def _problem(subject: str, asked: Asked, error: BaseException) -> ChannelMerging
     if isinstance(error, (httpx2.LocalProtocolError, UnicodeError)):  # their texts quote the header: the token
         return CheckpointError(f"{subject}: a request could not be written. Does HF_TOKEN hold something that is no token?")
     if isinstance(error, LOST):
-        reason = f"no connection to {asked.endpoint} in {RETRIES + 1} attempts ({type(error).__name__}: {_line(error)})"
+        reason = f"no connection to {asked.endpoint} in {RETRIES + 1} attempts ({type(error).__name__}: {one_line(error)})"
         return SourceError(f"{subject}: {reason}. Check the network and run again.")
     if isinstance(error, ValueError):
         return CheckpointError(
-            f"{subject}: {asked.endpoint} does not answer as a Hub does ({_line(error)}). Is HF_ENDPOINT right?"
+            f"{subject}: {asked.endpoint} does not answer as a Hub does ({one_line(error)}). Is HF_ENDPOINT right?"
         )
-    return SourceError(f"{subject}: {type(error).__name__}: {_line(error)}. Run again when that is mended.")
+    return SourceError(f"{subject}: {type(error).__name__}: {one_line(error)}. Run again when that is mended.")
 
 
 def _refusal(subject: str, asked: Asked, error: errors.HfHubHTTPError) -> ChannelMergingError:
     """What an answer of 4xx or 5xx means."""
     status = error.response.status_code
     said = error.server_message or error.response.reason_phrase
-    said = error.response.reason_phrase if "<" in said else _line(said)  # a store's XML quotes signatures
+    said = error.response.reason_phrase if "<" in said else one_line(said)  # a store's XML quotes signatures
     if status in RETRIED:
         return SourceError(f"{subject}: {asked.endpoint} answered {status} ({said}) {RETRIES + 1} times. Run again later.")
     if isinstance(error, errors.GatedRepoError):

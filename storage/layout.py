@@ -13,6 +13,7 @@ import numpy as np
 
 ARTIFACT_FORMAT = 4
 DELTA_FORMAT = 5
+ROUTER_FORMAT = 2
 
 CHUNK_ELEMENTS = 8 * 1024 * 1024
 """Entries of one chunk of the delta store: 16 MiB in bf16 and fp16, 32 MiB in fp32. Part of the format."""

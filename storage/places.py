@@ -17,6 +17,8 @@ OBJECT_STORES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 """Schemes of the URLs that checkpoints are read from."""
 SOURCES = "a Hub id, a folder or a URL"
 """What a source is written as."""
+QUERIES = "a data set on the Hub or a file"
+"""What a source of queries is written as."""
 
 Kind = Literal["local", "hub", "objects"]
 
@@ -30,6 +32,16 @@ _HUB_PAGE = re.compile(
     re.IGNORECASE,
 )
 """How people write a model on the Hub besides its id: its page's address, ``hf://``, a slash at the end."""
+
+_DATASET = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_DATASET_PAGE = re.compile(
+    r"(?:https?://(?:[^/@]*@)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)datasets/(?P<name>[a-z0-9][\w.-]*/[a-z0-9][\w.-]*)"
+    r"(?:[/?#@].*)?",
+    re.IGNORECASE,
+)
+_OF_QUERIES = (".jsonl", ".json", ".ndjson", ".parquet", ".txt", ".gz")
+"""Ends of names that are files', so that ``data/math.jsonl`` is no data set, though there is no such file."""
+_NOT_QUERIES = (".csv", ".tsv", ".arrow", ".feather", ".zip", ".bz2", ".xz", ".zst", ".xlsx", ".pkl")
 
 
 def split_revision(place: str) -> tuple[str, str | None]:
@@ -118,6 +130,43 @@ def _hub_suggestion(place: str) -> str | None:
     """The Hub id that is meant by what looks like one and is none."""
     found = _HUB_PAGE.fullmatch(place)
     return None if found is None else "@".join(filter(None, found.group("name", "revision")))
+
+
+def query_kind(place: str, folder: Path) -> Literal["local", "hub"]:
+    """What a source of queries is that ``query_problem`` finds nothing wrong with: ``org/name``, unless it names a file."""
+    name, _ = split_revision(place)
+    if (
+        scheme_of(place)
+        or _is_path(place)
+        or _is((folder / place).exists)
+        or Path(name).suffix.lower() in (*_OF_QUERIES, *_NOT_QUERIES)
+    ):
+        return "local"
+    return "hub" if _DATASET.fullmatch(name) else "local"
+
+
+def query_problem(place: str, folder: Path) -> str | None:
+    """What is wrong with how a source of queries is written in a recipe that lies in ``folder``, with the remedy."""
+    if not place.strip():
+        return f"empty; give {QUERIES}"
+    scheme = scheme_of(place)
+    if scheme not in ("", "file"):
+        page = _DATASET_PAGE.fullmatch(place)
+        meant = f"write the data set as {page['name']}" if page else f"give {QUERIES}"
+        return f"queries are data sets on the Hub or files of this machine, got {shown_scheme(place)}; {meant}"
+    if query_kind(place, folder) == "hub":
+        _, revision = split_revision(place)
+        return (
+            "empty revision; name a branch, tag or commit, or leave it out" if revision is not None and not revision else None
+        )
+    if problem := local_problem(place, folder):
+        return problem
+    path = local_path(place, folder)
+    if _is(path.is_dir):
+        return f"{path} is a folder; give a file, or several as a list"
+    if path.suffix.lower() in _NOT_QUERIES:
+        return f"{path.name}: expected JSON Lines, Parquet (.parquet) or text (.txt); write it as one of these"
+    return None
 
 
 def source_problem(place: str, folder: Path) -> str | None:

@@ -12,7 +12,7 @@ import pytest
 from flows.retrain import retrain
 from flows.run import Conductor, Outcome, run_recipe
 from pipeline.engine import Silent
-from pipeline.recipe import Recipe, load_recipe
+from pipeline.recipe import QuerySource, Recipe, load_recipe
 from serving.router import artifact_router
 from storage.artifact import Artifact, latest
 from storage.errors import ArtifactError, QueryDataError, RecipeError
@@ -31,7 +31,7 @@ def outcome(family: Family) -> Outcome:
 def with_more(family: Family, expert: str = "math", text: str = "how many apples are left in the basket") -> Recipe:
     """The recipe after a query was added."""
     recipe = load_recipe(family.recipe(router=router_of(family)))
-    path = Path(recipe.router.queries[expert])
+    path = Path(recipe.router.queries[expert][0].source)
     path.write_text(f"{path.read_text('utf-8')}\n{json.dumps({'text': text})}\n", "utf-8")
     return recipe
 
@@ -80,10 +80,10 @@ def test_a_run_of_the_merged_inputs_is_content_with_the_new_router_while_it_is_t
     """As its queries lie elsewhere: the recipe's own are as they were."""
     recipe = load_recipe(family.recipe(router=router_of(family)))
     queries = {}
-    for name, place in recipe.router.queries.items():
+    for name, (source,) in recipe.router.queries.items():
         copy = tmp_path / f"more-{name}.jsonl"
-        copy.write_text(f"{Path(place).read_text('utf-8')}\n{json.dumps({'text': f'one more for {name}'})}\n", "utf-8")
-        queries[name] = str(copy)
+        copy.write_text(f"{Path(source.source).read_text('utf-8')}\n{json.dumps({'text': f'one more for {name}'})}\n", "utf-8")
+        queries[name] = (source.model_copy(update={"source": str(copy)}),)
     other = recipe.model_copy(update={"router": recipe.router.model_copy(update={"queries": queries})})
     new = retrain(other, None, Silent())
     assert new.version != outcome.version
@@ -113,7 +113,7 @@ def test_what_cannot_be_trained_is_refused_and_leaves_nothing(family: Family, ou
         retrain(recipe, "no-such-version", Silent())
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
-    queries = recipe.router.model_copy(update={"queries": {**recipe.router.queries, "math": str(empty)}})
+    queries = recipe.router.model_copy(update={"queries": {**recipe.router.queries, "math": (QuerySource(source=str(empty)),)}})
     with pytest.raises(QueryDataError, match=r"expert math: .*empty.jsonl holds no queries"):
         retrain(recipe.model_copy(update={"router": queries}), None, Silent())
     assert sorted(map(str, outcome.path.parent.rglob("*"))) == before
@@ -154,8 +154,10 @@ def test_a_new_router_stands_in_for_its_merge_only_while_it_is_the_latest(
 ) -> None:
     recipe = load_recipe(family.recipe(router=router_of(family)))
     more = tmp_path / "more.jsonl"
-    more.write_text(f"{Path(recipe.router.queries['math']).read_text('utf-8')}\n{json.dumps({'text': 'one more'})}\n", "utf-8")
-    queries = recipe.router.model_copy(update={"queries": {**recipe.router.queries, "math": str(more)}})
+    (own,) = recipe.router.queries["math"]
+    more.write_text(f"{Path(own.source).read_text('utf-8')}\n{json.dumps({'text': 'one more'})}\n", "utf-8")
+    other = (own.model_copy(update={"source": str(more)}),)
+    queries = recipe.router.model_copy(update={"queries": {**recipe.router.queries, "math": other}})
     new = retrain(recipe.model_copy(update={"router": queries}), None, Silent())
     assert merged(family.recipe(router=router_of(family))).version == new.version
     third = merged(family.recipe(router=router_of(family), **{"merge.groups": 3}))

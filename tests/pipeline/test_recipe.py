@@ -48,7 +48,7 @@ def test_defaults_are_filled_and_paths_are_absolute(tmp_path: Path) -> None:
         ("merge: {goups: 3}", "merge.goups: unknown key; did you mean 'groups'?"),
         ("clutser: {kind: none}", "clutser: unknown key; did you mean 'cluster'?"),
         ("merge: {rules: [{match: x, polcy: base}]}", "merge.rules.0.polcy: unknown key; did you mean 'policy'?"),
-        ("router: {kind: linear, zzz: 1}", "router.zzz: unknown key; known keys: kind, queries"),
+        ("router: {kind: linear, zzz: 1}", "router.zzz: unknown key; known keys: kind, queries, outside, total"),
         ("merge: {groups: 3}", "merge.groups: expected at most 2, the number of experts, got 3"),
         ("merge: {groups: 0}", "merge.groups: expected 'auto' or a whole number from 1 on (got 0)"),
         ("merge: {groups: two}", "merge.groups: expected 'auto' or a whole number from 1 on (got 'two')"),
@@ -143,9 +143,9 @@ def test_problems_name_key_and_remedy(tmp_path: Path, extra: str, message: str) 
         ("output: FILE://host/x", "output: a file URL of another host; expected file:///folder"),
         (
             "router: {queries: {b: 's3://b/x'}}",
-            "router.queries.b: queries are read from local files, got the scheme 's3'; give",
+            "router.queries.b: queries are data sets on the Hub or files of this machine, got the scheme 's3'; give a data set",
         ),
-        ("router: {queries: {b: ''}}", "router.queries.b: empty; give a file"),
+        ("router: {queries: {b: ''}}", "router.queries.b: empty; give a data set on the Hub or a file"),
     ],
 )
 def test_how_places_are_written(tmp_path: Path, extra: str, message: str) -> None:
@@ -204,7 +204,7 @@ def test_file_urls_are_paths(tmp_path: Path) -> None:
     recipe = load_recipe(written(tmp_path, MINIMAL), {"base": url, "deltas": f"{url}/../d", "router.queries.a": f"{url}/q"})
     assert recipe.base == str(tmp_path / "a b")
     assert recipe.deltas == str(tmp_path / "d")
-    assert recipe.router.queries == {"a": str(tmp_path / "a b" / "q")}
+    assert [spec.source for spec in recipe.router.queries["a"]] == [str(tmp_path / "a b" / "q")]
 
 
 @pytest.mark.parametrize("key", ["deltas", "output"])
@@ -240,7 +240,7 @@ def test_wrong_keys_do_not_hide_what_does_not_fit_together(tmp_path: Path) -> No
 
 
 def test_all_problems_come_at_once(tmp_path: Path) -> None:
-    text = "name: 'a/b'\nexperts: {x: {sorce: y}}\nmerge: {goups: 2, density: 0}\nrouter: {kind: bert}\n"
+    text = "name: 'a/b'\nexperts: {x: {sorce: y}}\nmerge: {goups: 2, density: 0}\nrouter: {kind: forest}\n"
     with pytest.raises(RecipeError) as caught:
         load_recipe(written(tmp_path, text))
     keys = [problem.split(":")[0] for problem in caught.value.problems]

@@ -1,146 +1,145 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster
+from sklearn.linear_model import SGDClassifier
 
-from router_training.data import in_validation, load_queries
-from router_training.linear import evaluate, feature_block, train, train_router
-from serving.router import FeatureSpec, LinearRouter, features, load_router
+from router_training import linear
+from router_training.linear import epochs_for, feature_matrix, quantised, train
+from router_training.parts import each_part, rows_of, waves
+from serving.features import FeatureSpec, features
+from serving.router import LinearScorer, Router
 from storage.errors import QueryDataError
+from tests.support.prepared import Labelled, Written, written
+
+SPEC = FeatureSpec(bits=10, longest=3)
+WORDS = ("river mountain valley", "function return import", "plus minus times")
 
 
-def write(folder: Path, queries: dict[str, list[str]]) -> dict[str, Path]:
-    for name, texts in queries.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return {name: folder / f"{name}.jsonl" for name in queries}
+def queries(experts: int, count: int, first: int = 0) -> list[Labelled]:
+    """Queries of kinds that are easy to tell apart, mixed."""
+    found: list[Labelled] = []
+    for number in range(first, first + count):
+        words = WORDS[number % experts].split()
+        found.append((f"{words[number % 3]} {number} {words[number // 3 % 3]}", number % experts))
+    return found
 
 
-def example(folder: Path, names: tuple[str, ...] = ("a", "b", "c")) -> dict[str, Path]:
-    words = {"a": "river mountain valley", "b": "function return import", "c": "plus minus times"}
-    return write(
-        folder, {n: [f"{words[n].split()[i % 3]} {i} {words[n].split()[i // 3 % 3]}" for i in range(200)] for n in names}
-    )
+def example(folder: Path, experts: int = 3, count: int = 600) -> Written:
+    return written(folder / "parts", "abc"[:experts], queries(experts, count), queries(experts, 90, count))
 
 
-def test_no_text_is_in_both_parts(tmp_path: Path) -> None:
-    queries = load_queries(example(tmp_path))
-    train_texts, validation = ({text for text, _ in part} for part in (queries.train, queries.validation))
-    assert not train_texts & validation
-    assert len(train_texts) + len(validation) == 600
-    assert all(in_validation(text) for text in validation)
-    assert 0.1 < len(validation) / 600 < 0.2
+def right(scorer: LinearScorer, rows: list[Labelled]) -> float:
+    chosen = scorer.logits([row[0] for row in rows]).argmax(axis=1)
+    return float((chosen == [row[1] for row in rows]).mean())
 
 
-def test_duplicates_count_once_and_ambiguous_texts_are_left_out(tmp_path: Path) -> None:
-    texts = {"a": [f"x {i}" for i in range(100)] * 3 + ["both"], "b": [f"y {i}" for i in range(100)] + ["  both "]}
-    queries = load_queries(write(tmp_path, texts))
-    assert len(queries.train) + len(queries.validation) == 200
-    assert queries.ambiguous == 1
+@pytest.mark.parametrize("experts", [2, 3])
+def test_separable_kinds_are_told_apart(tmp_path: Path, experts: int) -> None:
+    scorer = train(example(tmp_path, experts), 0, SPEC)
+    assert scorer.experts == tuple("abc"[:experts])
+    assert right(scorer, queries(experts, 90, 600)) >= 0.98
 
 
-def test_line_separators_inside_texts_do_not_end_lines(tmp_path: Path) -> None:
-    texts = [f"one\u2028two\x85three\x0cfour {i}" for i in range(100)]
-    sources = {n: tmp_path / f"{n}.jsonl" for n in ("a", "b")}
-    for name, path in sources.items():
-        path.write_text("\n".join(json.dumps({"text": name + text}, ensure_ascii=False) for text in texts) + "\n")
-    queries = load_queries(sources)
-    assert len(queries.train) + len(queries.validation) == 200
-
-
-def test_order_of_lines_does_not_matter(tmp_path: Path) -> None:
-    sources = example(tmp_path)
-    expected = load_queries(sources)
-    for path in sources.values():
-        path.write_text("\n".join(reversed(path.read_text().splitlines())))
-    assert load_queries(sources) == expected
-
-
-@pytest.mark.parametrize("names", [("a", "b"), ("a", "b", "c")])
-def test_separable_domains_are_told_apart(tmp_path: Path, names: tuple[str, ...]) -> None:
-    queries = load_queries(example(tmp_path, names))
-    found = evaluate(train(queries, 0), queries.validation)
-    assert found["accuracy"] >= 0.98
-    assert np.array(found["confusion"]).shape == (len(names), len(names))
-    assert np.array(found["confusion"]).sum() == found["queries"] == len(queries.validation)
-
-
-def test_confusion_rows_are_the_querys_expert() -> None:
-    router = LinearRouter(("a", "b"), FeatureSpec(size=8), np.zeros((2, 8), np.float32), np.array([1.0, 0.0], np.float32))
-    assert evaluate(router, [("x", 1), ("y", 1), ("z", 0)])["confusion"] == [[1, 0], [2, 0]]
+@pytest.mark.parametrize("experts", [2, 3])
+def test_the_weights_are_scikit_learns_on_the_same_blocks(tmp_path: Path, experts: int) -> None:
+    """Dask adds nothing: one partial_fit per part and epoch, in the order of the parts; then whole numbers."""
+    prepared = example(tmp_path, experts)
+    scorer = train(prepared, 5, SPEC, epochs=2)
+    model = SGDClassifier(loss="log_loss", alpha=linear.ALPHA, random_state=5, average=600)
+    for _ in range(2):
+        for rows in each_part(prepared.parts("train")):
+            model.partial_fit(feature_matrix(rows.texts, SPEC), rows.labels, classes=np.arange(experts))
+    weights, bias = model.coef_, model.intercept_
+    if experts == 2:
+        weights, bias = np.vstack([-weights, weights]), np.concatenate([-bias, bias])
+    np.testing.assert_array_equal(scorer.bias, bias)
+    largest = np.abs(weights).max(axis=1)
+    np.testing.assert_allclose(scorer.weights * scorer.scale, weights.T, atol=largest.max() / 65534)
+    texts = [row[0] for row in queries(experts, 50, 700)]
+    exact = feature_matrix(texts, SPEC) @ weights.T + bias
+    np.testing.assert_allclose(scorer.logits(texts), exact, atol=1e-3)
 
 
 def test_the_seed_counts(tmp_path: Path) -> None:
-    queries = load_queries(example(tmp_path))
-    assert not np.array_equal(train(queries, 0).weights, train(queries, 1).weights)
+    prepared = example(tmp_path)
+    assert not np.array_equal(train(prepared, 0, SPEC, 1).weights, train(prepared, 1, SPEC, 1).weights)
 
 
-def test_training_gives_the_same_bits_with_and_without_a_cluster(tmp_path: Path) -> None:
-    queries = load_queries(example(tmp_path))
-    alone = train(queries, 3)
+def test_training_gives_the_same_bits_with_and_without_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it matter how many parts a wave holds; and nothing is warned of, whatever the size of the model."""
+    prepared = example(tmp_path, count=1300)
+    alone = train(prepared, 3)
+    monkeypatch.setattr(linear, "WAVE_PARTS", 2)
+    lines: list[str] = []
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=50) as cluster,
         Client(cluster),
     ):
-        shared = train(queries, 3)
-    np.testing.assert_array_equal(alone.weights, shared.weights)
-    np.testing.assert_array_equal(alone.bias, shared.bias)
+        shared = train(prepared, 3, tell=lines.append)
+    assert lines == [f"epoch {number} of 8" for number in range(1, 9)]
+    for name in ("weights", "scale", "bias"):
+        np.testing.assert_array_equal(getattr(alone, name), getattr(shared, name))
 
 
-def test_served_scores_are_the_trained_ones(tmp_path: Path) -> None:
-    """The saved router, read back, against scikit-learn's own formula on the feature matrix."""
-    sources = example(tmp_path)
-    measured = train_router(sources, {"a": "x", "b": "y", "c": "z"}, 0, tmp_path / "router")
-    router = load_router(tmp_path / "router")
-    queries = load_queries(sources)
-    texts = [text for text, _ in queries.validation]
-    scores = feature_block(texts, router.spec) @ router.weights.T.astype(np.float64) + router.bias
-    shares = 1 / (1 + np.exp(-scores))
-    shares /= shares.sum(axis=1, keepdims=True)
-    found = np.array([list(router.route(text).values()) for text in texts])
-    np.testing.assert_allclose(found, shares, rtol=1e-12)
-    right = (found.argmax(axis=1) == [label for _, label in queries.validation]).mean()
-    assert measured["accuracy"] == pytest.approx(right)
-    card = json.loads((tmp_path / "router" / "router.json").read_bytes())
-    assert card["sources"] == {"a": "x", "b": "y", "c": "z"}
-    assert sum(sum(counts) for counts in card["counts"].values()) == 600
+def test_workers_need_not_see_the_parts(tmp_path: Path) -> None:
+    """A task carries what a part's file holds, not its path."""
+    prepared = example(tmp_path, count=300)
+    contents = [path.read_bytes() for path in prepared.parts("train")]
+    inputs, labels = linear._arrays(contents, SPEC)
+    for path in prepared.parts("train"):
+        path.unlink()
+    assert inputs.compute().shape == (300, SPEC.size)
+    np.testing.assert_array_equal(labels.compute(), [label for _, label, *_ in queries(3, 300)])
 
 
-def test_feature_blocks_hold_the_served_features() -> None:
-    spec = FeatureSpec(size=256)
-    block = feature_block(["one two", "", "three"], spec).toarray()
-    for row, text in zip(block, ["one two", "", "three"], strict=True):
-        indices, values = features(text, spec)
-        dense = np.zeros(256)
-        dense[indices] = values
-        np.testing.assert_array_equal(row, dense)
+def test_feature_matrices_hold_the_served_features() -> None:
+    texts = ["one two", "", "three"]
+    found = feature_matrix(texts, SPEC).toarray()
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1)
+    for row, text in zip(found, texts, strict=True):
+        np.testing.assert_array_equal(np.flatnonzero(row), features([text], SPEC).buckets)
+    gaps = FeatureSpec(bits=8, shortest=4, words=False)
+    assert feature_matrix(["", "abcd"], gaps).toarray()[0].tolist() == [0] * 256
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", r"a.jsonl holds no queries"),
-        ('{"text": ""}\n', r"a.jsonl line 1: expected .*'text' is empty"),
-        ('{"question": "x"}\n', r"a.jsonl line 1: expected"),
-        ("[1]\n", r"a.jsonl line 1: expected"),
-        ('{"text": "only one"}\n', r"no (training|validation) queries are left for a .* Give at least 50"),
-    ],
-)
-def test_queries_that_cannot_train_are_refused(tmp_path: Path, content: str, message: str) -> None:
-    sources = example(tmp_path, ("a", "b"))
-    sources["a"].write_text(content)
-    with pytest.raises(QueryDataError, match=message):
-        load_queries(sources)
+def test_whole_numbers_are_near_and_never_overflow() -> None:
+    random = np.random.default_rng(0)
+    weights = random.standard_normal((3, SPEC.size)) * [[1e-9], [1.0], [1e9]]
+    weights[2] = 0
+    scorer = quantised("abc", SPEC, weights, np.zeros(3))
+    assert np.abs(scorer.weights.astype(int)).max(axis=0).tolist() == [32767, 32767, 0]
+    error = np.abs(scorer.weights * scorer.scale - weights.T).max(axis=0)
+    assert (error <= np.abs(weights).max(axis=1) / 65534 * (1 + 1e-9)).all()
 
 
-def test_many_bad_lines_are_counted_not_all_printed(tmp_path: Path) -> None:
-    sources = example(tmp_path, ("a", "b"))
-    sources["a"].write_text("nonsense\n" * 100)
-    with pytest.raises(QueryDataError, match=r"and 80 more lines"):
-        load_queries(sources)
-    sources["b"].write_bytes(b'{"text": "\xff"}')
-    with pytest.raises(QueryDataError, match=r"expert b: .*b.jsonl: 'utf-8' codec"):
-        load_queries(sources)
+def test_fewer_queries_are_gone_through_more_often() -> None:
+    assert [epochs_for(parts) for parts in (1, 500, 501, 1000, 1334, 100_000)] == [8, 8, 7, 4, 2, 2]
+
+
+def test_waves_keep_order_and_limits(tmp_path: Path) -> None:
+    paths = []
+    for number, size in enumerate((10, 10, 10, 50, 1, 1, 1, 1)):
+        paths.append(tmp_path / str(number))
+        paths[-1].write_bytes(bytes([number]) * size)
+    found = [[(part[0], len(part)) for part in wave] for wave in waves(paths, 3, 25)]
+    assert found == [[(0, 10), (1, 10)], [(2, 10)], [(3, 50)], [(4, 1), (5, 1), (6, 1)], [(7, 1)]]
+    assert list(waves([], 3, 25)) == []
+
+
+def test_without_queries_nothing_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(QueryDataError, match=r"the linear router has no training queries. Give at least 50"):
+        train(written(tmp_path / "parts", "ab", []), 0)
+
+
+def test_what_is_trained_is_served(tmp_path: Path) -> None:
+    """Texts of any kind pass through Parquet as they are."""
+    odd: list[Labelled] = [("naïve 数学 \x00\u2028 🎈" * 20, 0, "script:Han"), ("", 1)]
+    prepared = written(tmp_path / "parts", "ab", [*queries(2, 100), *odd])
+    rows = rows_of(prepared.parts("train")[0].read_bytes())
+    assert rows.texts[-2:] == (odd[0][0], "")
+    assert rows.languages[-2:] == ("script:Han", "")
+    assert sum(Router(train(prepared, 0, SPEC)).route(odd[0][0]).values()) == pytest.approx(1)

@@ -18,10 +18,13 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
-API = re.compile(r"/api/models/(?P<repo>[^/]+(?:/[^/]+)?)(?:/(?P<verb>revision|tree)/(?P<revision>[^/]+))?/?")
-RESOLVE = re.compile(r"/(?P<repo>[^/]+(?:/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+API = re.compile(
+    r"/api/(?:models/|(?=datasets/))(?P<repo>(?:datasets/)?[^/]+(?:/[^/]+)?)"
+    r"(?:/(?P<verb>revision|tree|paths-info)/(?P<revision>[^/]+)(?:/(?P<under>.+))?)?/?"
+)
+RESOLVE = re.compile(r"/(?P<repo>(?:datasets/)?[^/]+(?:/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 RANGE = re.compile(r"bytes=(\d+)-(\d*)")
-LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".model")
+LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".model", ".parquet")
 INVALID = "Invalid credentials in Authorization header"
 RESET = struct.pack("ii", 1, 0)
 LFS_BYTES = 10_000_000
@@ -85,7 +88,7 @@ class Repository:
 
 
 class HubServer:
-    """Serves ``folder/org/name`` as repositories ``org/name``, and those that are added.
+    """Serves ``folder/org/name`` as repositories ``org/name``, and those that are added; ``datasets/org/name`` is a data set.
 
     ``hash_content=False`` makes up the sha256 of LFS files from their names and sizes: for large files that nobody reads whole.
     ``ranges``, ``sizes`` and ``redirects`` take abilities away. Bearer tokens other than ``token`` are refused. Addresses on
@@ -250,6 +253,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._handle()
 
+    def do_POST(self) -> None:
+        self.posted = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self._handle()
+
     def _handle(self) -> None:
         self.hub = self.server.hub
         authorization = self.headers.get("Authorization")
@@ -296,8 +303,8 @@ class _Handler(BaseHTTPRequestHandler):
         repo, commit = meant
         folder = repo.commits[commit]
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        if found["verb"] == "tree":
-            return self._json([_tree_entry(path, folder, *self.hub.blob(path)) for path in paths if path.parent == folder])
+        if found["verb"] in ("tree", "paths-info"):
+            return self._json(self._entries(found, folder, query))
         with_blobs = parse_qs(query).get("blobs") == ["true"] and self.hub.sizes
         siblings = [_sibling(path, folder, *(self.hub.blob(path) if with_blobs else (None, None))) for path in paths]
         name = unquote(found["repo"])
@@ -305,6 +312,21 @@ class _Handler(BaseHTTPRequestHandler):
         return self._json(
             {"id": name, "modelId": name, "sha": commit, "private": repo.private, "gated": gated, "siblings": siblings}
         )
+
+    def _entries(self, found: re.Match[str], folder: Path, query: str) -> list[dict[str, Any]]:
+        """Files and folders below one, or those that are asked for by name."""
+        if found["verb"] == "paths-info":
+            asked = [folder / name for name in json.loads(self.posted)["paths"]]
+        else:
+            is_deep = parse_qs(query).get("recursive", ["false"])[0].lower() in ("true", "1")
+            asked = sorted((folder / unquote(found["under"] or "")).glob("**/*" if is_deep else "*"))
+        return [
+            _tree_entry(path, folder, *self.hub.blob(path))
+            if path.is_file()
+            else {"type": "directory", "path": path.relative_to(folder).as_posix(), "oid": "0" * 40, "size": 0}
+            for path in asked
+            if path.exists() and path != folder
+        ]
 
     def _resolve(self, found: re.Match[str]) -> None:
         if (meant := self._commit(found)) is None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from storage.layout import ARTIFACT_FORMAT
+from storage.layout import ARTIFACT_FORMAT, ROUTER_FORMAT
 from storage.manifest import ExpertRecord, FileRecord, Health, Manifest, ParameterCounts, Span, TensorRecord, version_of
 
 EXPERTS = ("chinese", "code", "math")
@@ -148,11 +148,15 @@ def _write_residue(place: Path, own: Arrays, tensor: str, random: np.random.Gene
 
 def _write_router(place: Path, random: np.random.Generator) -> None:
     place.mkdir()
-    features = {"size": 64, "shortest": 1, "longest": 3}
-    config = {"kind": "linear", "format": 1, "experts": EXPERTS, "features": features}
+    features = {"bits": 6, "shortest": 1, "longest": 3, "words": True}
+    config = {
+        "kind": "linear", "format": ROUTER_FORMAT, "experts": EXPERTS, "features": features, "link": "sigmoid",
+        "temperature": 1.0, "thresholds": {}, "fallback": None,
+    }  # fmt: skip
     (place / "router.json").write_text(json.dumps(config))
-    weights = random.standard_normal((len(EXPERTS), 64)).astype(np.float32)
-    save_file({"weights": weights, "bias": np.zeros(len(EXPERTS), np.float32)}, place / "router.safetensors")
+    weights = random.integers(-32767, 32768, (64, len(EXPERTS))).astype(np.int16)
+    scale, bias = np.full(len(EXPERTS), 1e-4), np.zeros(len(EXPERTS))
+    save_file({"weights": weights, "scale": scale, "bias": bias}, place / "router.safetensors")
 
 
 def recorded(folder: Path) -> dict[str, FileRecord]:

@@ -185,8 +185,9 @@ def test_a_new_router_is_a_version_that_shares_its_weights(prefect: Prefect, fir
     tiny = load_recipe(ROOT / "flows" / "recipes" / "tiny.yaml")
     more = prefect.folder / "math.jsonl"
     query = json.dumps({"text": "What is the integral of x squared from zero to three?"})
-    more.write_text(Path(tiny.router.queries["math"]).read_text("utf-8").rstrip("\n") + f"\n{query}\n", "utf-8")
-    run = prefect.run("train-router/tiny", settings={"router.queries": {**tiny.router.queries, "math": str(more)}})
+    queries = {name: source.source for name, (source,) in tiny.router.queries.items()}
+    more.write_text(Path(queries["math"]).read_text("utf-8").rstrip("\n") + f"\n{query}\n", "utf-8")
+    run = prefect.run("train-router/tiny", settings={"router.queries": {**queries, "math": str(more)}})
     prefect.wait(run)
     new = latest(prefect)
     assert new.manifest.version != old.manifest.version
