@@ -46,6 +46,16 @@ def test_the_second_is_of_the_hub(tmp_path: Path) -> None:
     assert recipe.experts["code"].source == "uukuguy/speechless-code-mistral-7b-v1.0@main"
 
 
+def test_the_third_is_its_router(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(blocks("yaml")[1] + blocks("yaml")[2])
+    router = load_recipe(tmp_path / "recipe.yaml").router
+    assert (router.kind, router.threshold, router.fallback) == ("linear", "auto", "base")
+    assert [source.source for source in router.queries["instruct"]] == [
+        str(tmp_path / "data" / name) for name in ("instruct.jsonl", "more.parquet")
+    ]
+    assert router.queries["math"][0].group == "original_question"
+
+
 def test_the_commands_of_the_readme_run_in_its_order(tmp_path: Path) -> None:
     """With the demo's recipe and an output elsewhere, as a reader would type them."""
     recipe = ROOT / "examples" / "tiny-mistral" / "recipe.yaml"
