@@ -8,6 +8,7 @@ from typing import Any
 from prefect import get_run_logger
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
+from flows.deployed.events import tell_published
 from flows.deployed.places import link
 from flows.deployed.reporting import key_of
 from flows.output import size
@@ -111,7 +112,14 @@ def show_outcome(outcome: Outcome) -> None:
     )
 
 
-def as_record(outcome: Outcome) -> Mapping[str, Any]:
-    """What a flow returns, and what its event carries."""
-    numbers = outcome.manifest.parameters
-    return {"version": outcome.version, "path": outcome.place, "new": outcome.new, "ratio": round(numbers.ratio, 6)}
+def conclude(outcome: Outcome) -> Mapping[str, Any]:
+    """Tell of a version, by log, event and artifact; what the flow returns."""
+    logger, version = get_run_logger(), outcome.version
+    if outcome.new:
+        logger.info("published version %s at %s", version, outcome.place)
+        tell_published(outcome)
+    else:
+        logger.info("nothing changed: version %s is already at %s", version, outcome.place)
+    show_outcome(outcome)
+    ratio = round(outcome.manifest.parameters.ratio, 6)
+    return {"version": version, "path": outcome.place, "new": outcome.new, "ratio": ratio}

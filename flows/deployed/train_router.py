@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import flow, get_run_logger
+from prefect import flow
 
 from flows.deployed import places
-from flows.deployed.artifacts import as_record, show_outcome
-from flows.deployed.events import say_how_to_go_on, tell_published
+from flows.deployed.artifacts import conclude
+from flows.deployed.events import say_how_to_go_on
 from flows.deployed.reporting import reporting
 from flows.deployed.tasks import LONGEST, TaskConductor, last_word
 from flows.retrain import retrain
@@ -43,10 +43,4 @@ def train_router(
     except BaseException as error:
         last_word(error)
         raise
-    if outcome.new:
-        get_run_logger().info("published version %s at %s", outcome.version, outcome.place)
-        tell_published(outcome)
-    else:
-        get_run_logger().info("nothing changed: version %s is already at %s", outcome.version, outcome.place)
-    show_outcome(outcome)
-    return dict(as_record(outcome))
+    return dict(conclude(outcome))
