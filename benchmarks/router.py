@@ -195,7 +195,8 @@ def table(runs: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
     """Mean ± standard deviation over the seeds, a column per router, and differences to the linear one seed by seed."""
     names = list(dict.fromkeys(name for found in runs for name in found))
     of = {name: [found[name] for found in runs if name in found] for name in names}
-    lines = ["| | " + " | ".join(f"{name}, {len(of[name])} seeds" for name in names) + " |", "|---|" + "---:|" * len(names)]
+    heads = [f"{name}, {len(of[name])} seed{'s' if len(of[name]) > 1 else ''}" for name in names]
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(names)]
     for key, (factor, places, heading) in FIGURES.items():
         lines.append(f"| {heading} | " + " | ".join(_spread([factor * r[key] for r in of[n]], places) for n in names) + " |")
     for kind in runs[0]["linear"]["right per kind"]:

@@ -79,7 +79,9 @@ def test_parquet_shards_of_a_split(hub: HubServer, tmp_path: Path, shards: int) 
             )
             pq.write_table(table, data / f"{split}-{shard:05}-of-{shards:05}.parquet", row_group_size=20)
     source = replace(published(hub, tmp_path / "set"), messages="messages")
-    assert texts_of(prepared(tmp_path, source)) == set(texts)
+    found = prepared(tmp_path, source)
+    assert texts_of(found) == set(texts)
+    assert found.card["sources"]["a"][0]["rows"] == 330  # every shard once
     assert texts_of(prepared(tmp_path, replace(source, split="test"))) == set(questions("other", 90))
 
 
