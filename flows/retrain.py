@@ -58,10 +58,11 @@ def _check(recipe: Recipe, found: Artifact, output: Store) -> RouterInputs:
 
 def _inputs(recipe: Recipe, manifest: Manifest, router: RouterInputs) -> str:
     versions = {name: version.split(".")[0] for name, version in package_versions().items()}
+    packages = ["numpy", "scikit-learn", "scipy", "dask-ml", *(["torch"] if recipe.router.kind == "bert" else [])]
     covered: dict[str, Any] = {
         "files": {name: record.sha256 for name, record in _kept(manifest).items()},
         "router": {**router.covered, "seed": recipe.merge.seed},
-        "packages": {name: versions[name] for name in ("numpy", "scikit-learn", "scipy", "dask-ml")},
+        "packages": {name: versions[name] for name in packages},
     }
     return INPUTS + digest_of(covered)[len(INPUTS) :]
 

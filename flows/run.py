@@ -13,7 +13,6 @@ from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from platformdirs import user_cache_path
@@ -232,11 +231,14 @@ def train_into(staged: Store, work: Store, router: RouterSection, seed: int, rep
     from router_training.training import train_router
 
     reporter.start("router", 1)
-    with _trained_in(work) as place, TemporaryDirectory() as folder:
-        card = train_router(router, seed, Path(folder) / "router", place)
-        for path in sorted((Path(folder) / "router").rglob("*")):
+    staged.clear("router")
+    with _trained_in(work) as place:
+        done = place / "done"
+        shutil.rmtree(done, ignore_errors=True)
+        card = train_router(router, seed, done, place)
+        for path in sorted(done.rglob("*")):
             if path.is_file():
-                name = path.relative_to(Path(folder) / "router").as_posix()
+                name = path.relative_to(done).as_posix()
                 with path.open("rb") as file:
                     staged.upload(f"router/{name}", iter(partial(file.read, 1 << 24), b""), size=path.stat().st_size)
     reporter.advance("router", router.kind)

@@ -30,7 +30,7 @@ from pipeline.sections import (
     spelled_out,
 )
 from storage.errors import RecipeError
-from storage.places import kind_of, local_path, query_kind, target_at
+from storage.places import kind_of, local_path, named_path, query_kind, target_at
 
 __all__ = [
     "AUTO", "ROUNDING", "ClusterSection", "ExpertSpec", "MergeSection", "QuerySource", "Recipe", "RouterSection", "Rule",
@@ -132,7 +132,7 @@ def _source_at(folder: Path, place: str, revision: str | None = None) -> str:
 def _queries_at(folder: Path, sources: tuple[QuerySource, ...]) -> tuple[QuerySource, ...]:
     """Sources of queries as they are opened: absolute paths, and ``id[@revision]`` of data sets."""
     places = (
-        spec.source if query_kind(spec.source, folder) == "hub" else str(local_path(spec.source, folder)) for spec in sources
+        spec.source if query_kind(spec.source, folder) == "hub" else str(named_path(spec.source, folder)) for spec in sources
     )
     return tuple(spec.model_copy(update={"source": place}) for spec, place in zip(sources, places, strict=True))
 

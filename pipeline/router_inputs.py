@@ -96,7 +96,7 @@ def identify_router(section: RouterSection) -> RouterInputs:
     if section.kind == "bert":
         folder = open_folder(ENCODER, section.encoder)
         names = sorted(name for name in folder.names if name.endswith(READ_OF_ENCODER))
-        stamps = folder.stamps(names)
-        encoder = EncoderFiles(folder, {} if folder.id else folder.identities(names), stamps)
+        known = folder.id is not None  # by its commit, in the Hub's cache too
+        encoder = EncoderFiles(folder, {} if known else folder.identities(names), {} if known else folder.stamps(names))
         section = section.model_copy(update={"encoder": folder.place})
     return RouterInputs(section, identify(section), encoder)

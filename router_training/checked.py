@@ -36,7 +36,8 @@ def key_of(section: QuerySection, parts: Sequence[Part]) -> str | None:
     content: list[Any] = []
     for part in parts:
         identity = digests[Path(part.spec.source)] if part.is_local else part.streams[0].place
-        content.append([part.label, identity, *(getattr(part.spec, name) for name in SETTINGS)])
+        read_as = [stream.format for stream in part.streams[:1]]
+        content.append([part.label, identity, read_as, *(getattr(part.spec, name) for name in SETTINGS)])
     return digest_of([RULES, section.total, section.bad_share, content])
 
 

@@ -162,7 +162,7 @@ def check(section: QuerySection) -> None:
         work = _Work(0, Path(folder) / "checked", here, Sizes())
         readings = _read(parts, work)
         try:
-            refuse_unreadable(parts, readings, section.bad_share)
+            refuse_unreadable(parts, readings, section.bad_share, first=True)
             if not errors and all(part.is_local for part in parts):
                 settled = _settle(parts, readings, work)
                 _write(tuple(sorted(section.queries)), section.total, parts, readings, settled, work)

@@ -32,7 +32,7 @@ from router_training.encoders import longest
 from router_training.processes import end_with_parent, say
 from serving.encoder import EncoderScorer, quiet, save_encoder
 from storage.atomic import canonical_json, sync, write_atomically
-from storage.errors import ChannelMergingError, CheckpointError, RecipeError
+from storage.errors import ChannelMergingError, CheckpointError, ClusterError, RecipeError
 
 TASK = "task.json"
 ENCODER = "encoder"
@@ -182,7 +182,7 @@ def arguments(task: Mapping[str, Any], work: Path, steps: int) -> TrainingArgume
 def fit(work: Path, tell: Tell) -> None:
     """Train what ``task.json`` says, on from the last whole checkpoint, and leave the encoder in the trained folder.
 
-    RecipeError when the device has too little memory for the batch, or the loss is no number.
+    ClusterError when the device has too little memory for the batch, RecipeError when the loss is no number.
     """
     found = json.loads((work / TASK).read_bytes())
     task, parts = found["identity"], found["parts"]
@@ -216,7 +216,7 @@ def fit(work: Path, tell: Tell) -> None:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     except torch.OutOfMemoryError as error:
         at_once = options.per_device_train_batch_size
-        raise RecipeError(
+        raise ClusterError(  # not the recipe's fault alone: others may hold the device's memory
             f"router.accumulate: {at_once} queries of up to {max_length} tokens at once do not fit the device's memory "
             f"({' '.join(str(error).split())[:150]}). Set it to {2 * settings['accumulate']}, or lower router.max_length."
         ) from None

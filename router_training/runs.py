@@ -22,6 +22,7 @@ from router_training.hub_data import PassingError, hub_rows
 from router_training.questions import DIGEST_BYTES, digest, guess_language, identity, rank
 from router_training.reading import BLANK, Bad, Found, UnreadableError, line_rows, parquet_rows
 from router_training.sources import Stream
+from storage.errors import StoreError
 
 BUCKETS = 256
 RUN_CHARACTERS = 8 * 1024**2
@@ -143,7 +144,10 @@ def read_stream(stream: Stream, seed: int, folder: Path, run_characters: int = R
         nonlocal held, weights
         links.append(np.frombuffer(b"".join(held.links), f"S{DIGEST_BYTES}").reshape(-1, 2))
         name = f"{stream.index:04}-{stream.start:015}-{stream.hub.get('shard', 0):04}-{len(runs):05}.arrow"
-        weights += _write_run(folder / name, held, stream.index)
+        try:
+            weights += _write_run(folder / name, held, stream.index)
+        except OSError as error:  # this disk's fault, not the queries'
+            raise StoreError(f"{folder}: {error.strerror or error}. Free space there and run again.") from None
         runs.append(name)
         held = _Held()
 

@@ -38,9 +38,10 @@ def _listed(part: Part, readings: Sequence[Reading], bad_share: float) -> list[s
     return shown + ([f"{part.label}: … and {more} more {noun} of {part.spec.source}; {allowed}"] if more > 0 else [])
 
 
-def refuse_unreadable(parts: Sequence[Part], readings: Readings, bad_share: float) -> None:
+def refuse_unreadable(parts: Sequence[Part], readings: Readings, bad_share: float, *, first: bool = False) -> None:
     """QueryDataError for every source that is unreadable, empty, or has more bad rows than a share of ``bad_share``.
 
+    ``first``: of data sets only the first rows were read, whose share says little of the rest: one good row will do.
     SourceError when nothing is wrong but that the Hub could not be reached.
     """
     problems: list[str] = []
@@ -53,7 +54,8 @@ def refuse_unreadable(parts: Sequence[Part], readings: Readings, bad_share: floa
         rows, bad = (sum(getattr(reading, name) for reading in found) for name in ("rows", "bad"))
         if not failures and not rows:
             problems.append(f"{part.label}: {part.spec.source} holds no queries")
-        if bad > bad_share * rows:
+        share = 1.0 if first and not part.is_local else bad_share
+        if bad > share * rows or 0 < rows == bad:
             problems += _listed(part, found, bad_share)
     if problems:
         raise QueryDataError.listing(UNREADABLE, problems)

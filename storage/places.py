@@ -6,6 +6,7 @@ message.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,13 @@ def local_path(place: str, folder: Path) -> Path:
     if scheme_of(place) == "file":
         return Path("/" + unquote(place.partition("://")[2].partition("/")[2])).resolve()
     return (folder / Path(place).expanduser()).resolve()
+
+
+def named_path(place: str, folder: Path) -> Path:
+    """The absolute path of a local file as it is named: a link keeps its own name, whose end may say what the file holds."""
+    if scheme_of(place) == "file":
+        return local_path(place, folder)
+    return Path(os.path.abspath(folder / Path(place).expanduser()))  # noqa: PTH100 - resolve() would follow links
 
 
 def target_at(place: str, folder: Path) -> str:

@@ -124,7 +124,8 @@ NOTHING = Identities({}, (), ())
 def _record(spec: QuerySource, digest: str | None) -> dict[str, Any]:
     settings = {name: value for name in SETTINGS if (value := getattr(spec, name)) is not None}
     if digest is not None:
-        return {"sha256": digest, **settings}
+        kind = Path(spec.source.removesuffix(".gz")).suffix.lower()  # the name says how a file is read
+        return {"sha256": digest, **({"read_as": kind} if kind in (".parquet", ".txt") else {}), **settings}
     name, commit = split_revision(spec.source)
     config = {} if spec.config is None else {"config": spec.config}
     return {"dataset": name, "commit": commit, "split": spec.split, **config, **settings}

@@ -247,3 +247,33 @@ def test_an_encoder_is_known_by_its_files(tmp_path: Path) -> None:
         found.check()
     with pytest.raises(CheckpointError, match=r"router.encoder: there is no directory"):
         identify_router(loaded(tmp_path, {**router, "encoder": "./none"}).router)
+
+
+def test_a_link_is_read_as_it_is_named(tmp_path: Path) -> None:
+    """As a cache's links lead to files without an end to their names."""
+    (tmp_path / "blob").write_text("one\ntwo\n")
+    (tmp_path / "a.txt").symlink_to(tmp_path / "blob")
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "blob")
+    found = loaded(tmp_path, {"kind": "linear", "queries": {"a": "./a.txt", "b": "./a.jsonl"}}).router
+    assert [spec.source for spec in found.queries["a"]] == [str(tmp_path / "a.txt")]
+    ((text,), (lines,)) = (identify_router(found).queries.experts[name] for name in ("a", "b"))
+    assert text["sha256"] == lines["sha256"]
+    assert text != lines
+
+
+def test_an_encoder_in_the_hubs_cache_goes_by_its_commit_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "a" * 40
+    home = tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    snapshot = home / "models--org--encoder" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (snapshot / name).write_text("{}")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}))
+    router = {"kind": "bert", "queries": {"a": "./a.jsonl", "b": "./b.jsonl"}, "encoder": f"org/encoder@{commit}"}
+    inputs = identify_router(loaded(tmp_path, router).router)
+    assert inputs.encoder is not None
+    assert inputs.encoder.id == commit
+    inputs.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -17,13 +18,13 @@ from distributed import Client, LocalCluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router_training import data
+from router_training import data, runs
 from router_training.data import PART_ROWS, Prepared, Sizes, check, prepare
 from router_training.questions import MAX_CHARACTERS, identity
 from router_training.runs import read_stream
 from router_training.sources import Queries, Source
 from router_training.tasks import here, on_dask
-from storage.errors import QueryDataError
+from storage.errors import QueryDataError, StoreError
 from tests.support.query_sources import (
     accounted,
     both,
@@ -414,3 +415,19 @@ def test_what_was_found_fit_is_not_read_again(tmp_path: Path, monkeypatch: pytes
     path.write_text(content)
     check(queries)
     assert len(reads) == 8
+
+
+def test_a_disk_that_is_full_is_no_fault_of_the_queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runs, "_write_run", full)
+    with pytest.raises(StoreError, match=r"No space left on device. Free space there and run again"):
+        prepared(tmp_path, section(example(tmp_path)))
+
+
+def test_a_source_of_bad_rows_alone_is_refused_whatever_share_may_be_bad(tmp_path: Path) -> None:
+    queries = section(example(tmp_path), bad_share=1)
+    Path(queries.queries["a"][0].source).write_text("nonsense\n" * 30)
+    with pytest.raises(QueryDataError, match="line 1: "):
+        prepared(tmp_path, queries)

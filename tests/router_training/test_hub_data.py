@@ -262,3 +262,17 @@ def test_without_network_local_files_are_asked_for(hub: HubServer, monkeypatch: 
     ):
         open_dataset("expert a", NAME, None)
     assert hub.requests == []
+
+
+def test_a_check_is_content_with_a_bad_beginning(hub: HubServer, tmp_path: Path) -> None:
+    """What share of a data set is bad is known when all of it is read."""
+    rows = [{"text": text} for text in questions("a", 4000)]
+    for row in rows[:30]:
+        row["text"] = ""
+    lines(tmp_path / "set" / "train.jsonl", rows)
+    source = published(hub, tmp_path / "set")
+    check(Queries({"a": [source], **example(tmp_path, ("b",))}))
+    assert prepared(tmp_path, source).card["sources"]["a"][0]["unreadable"] == 30
+    lines(tmp_path / "empty" / "train.jsonl", [{"text": ""} for _ in range(2000)])
+    with pytest.raises(QueryDataError, match="row 1: expected"):
+        check(Queries({"a": [published(hub, tmp_path / "empty")], **example(tmp_path, ("b",))}))
