@@ -30,6 +30,9 @@ _WARNING = "Timeouts in worker threads cannot interrupt"
 logging.getLogger("prefect.task_runs").addFilter(  # said of every task in a thread; these wait in turns, and can be
     lambda record: _WARNING not in record.getMessage()
 )
+logging.getLogger("prefect._internal.concurrency").addFilter(  # a turn that was waited for in vain is no error
+    lambda record: "ConcurrencySlotAcquisition" not in record.getMessage()
+)
 TAG = "channel-merging"
 DOWNLOAD = "download"
 """Held while an expert is fetched: ``prefect gcl create download --limit 4`` lets four be, over all runs."""
