@@ -109,14 +109,16 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
 
 @pytest.mark.usefixtures("shown")
 def test_a_flow_logs_when_stages_begin_and_end(log: list[str]) -> None:
-    report(reporting.FlowReporter())
+    report(reporter := reporting.FlowReporter())
+    reporter.close()
     begins = ["ingest: begins", "ingest: 1 of 2 blocks, last layer 1", "merge: begins"]
     assert untimed("\n".join(log)) == [*begins, *SUMMARIES[:3], "pack: begins", SUMMARIES[3], "over [bold]"]
 
 
 @pytest.mark.usefixtures("shown")
 def test_a_flow_logs_where_a_long_stage_is(log: list[str]) -> None:
-    report(reporting.FlowReporter(log_every=0.0))
+    report(reporter := reporting.FlowReporter(log_every=0.0))
+    reporter.close()
     assert "ingest: 2 of 3 blocks, last layer 2" in log
 
 
@@ -177,6 +179,8 @@ def test_no_count_is_lost_between_threads(kind: str, log: list[str], capsys: pyt
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(200)))
     reporter.done("merge")
+    if isinstance(reporter, reporting.FlowReporter):
+        reporter.close()  # or it shows the rest when the test is over, to a server that it starts
     if kind == "bars":
         assert [(task.total, task.completed) for task in progress.tasks] == [(2000, 2000)]
     else:
