@@ -94,7 +94,7 @@ def test_a_run_that_lost_its_cluster_is_tried_again_and_goes_on(family: Family, 
 
 def test_a_step_that_hangs_is_ended(family: Family, here: Prefect, faults: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
     faults.script(Fault("merge", "hold", after=1))
-    monkeypatch.setitem(tasks.TIMEOUTS, "merge", 3.0)
+    monkeypatch.setitem(tasks.TIMEOUTS, "merge", 25.0)  # which counts from before the experts come in
     once = merge.with_options(retries=0)
     settings = {"cluster": {"kind": "local", "workers": 1}}
     state: State[dict[str, Any]] = once(str(family.recipe()), settings=settings, return_state=True)
