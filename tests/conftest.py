@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,6 +20,9 @@ from storage.stores import Store, open_store
 from tests.support.places import BUCKET, KINDS, bucket_on
 from tests.support.store_gateway import Gateway, moto_server
 from tests.support.tiny_experts import Family, write_family
+
+if TYPE_CHECKING:
+    from tests.support.hub_server import HubServer
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60)
 settings.register_profile("nightly", deadline=None, max_examples=2000)
@@ -63,3 +68,14 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
         request.getfixturevalue("gateway")
         return open_store(f"s3://{BUCKET}/team/output")
     return open_store(str(tmp_path / "output"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """An empty Hub on loopback, for data sets; its clients do not wait between tries."""
+    from tests.support.dataset_hub import dataset_hub  # which imports the Hub's clients
+
+    for module in ("huggingface_hub.utils._http", "storage.hub"):
+        monkeypatch.setattr(f"{module}.time", SimpleNamespace(sleep=lambda _: None))
+    with dataset_hub(tmp_path / "home", monkeypatch) as server:
+        yield server

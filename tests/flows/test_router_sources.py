@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,21 +11,12 @@ import pytest
 from storage.artifact import Artifact
 from storage.errors import ChannelMergingError
 from tests.pipeline.test_invariants import router_of
-from tests.support.dataset_hub import dataset_hub
 from tests.support.hub_server import HubServer
 from tests.support.query_sources import questions
 from tests.support.running import merged
 from tests.support.tiny_experts import Family
 
 NAME = "org/sums"
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    for module in ("huggingface_hub.utils._http", "storage.hub"):
-        monkeypatch.setattr(f"{module}.time", SimpleNamespace(sleep=lambda _: None))
-    with dataset_hub(tmp_path / "home", monkeypatch) as server:
-        yield server
 
 
 def publish(hub: HubServer, folder: Path, texts: list[str]) -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +15,6 @@ from pipeline.router_inputs import identify_router, pinned
 from pipeline.sections import OF_BERT
 from storage.errors import CheckpointError, QueryDataError, RecipeError
 from storage.layout import ROUTER_FORMAT
-from tests.support.dataset_hub import dataset_hub
 from tests.support.hub_server import HubServer
 
 BASIC: dict[str, Any] = {
@@ -37,14 +34,6 @@ def refused(folder: Path, router: Any = None, **sets: Any) -> list[str]:
     with pytest.raises(RecipeError) as caught:
         loaded(folder, router, **sets)
     return list(caught.value.problems)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    for module in ("huggingface_hub.utils._http", "storage.hub"):
-        monkeypatch.setattr(f"{module}.time", SimpleNamespace(sleep=lambda _: None))
-    with dataset_hub(tmp_path / "home", monkeypatch) as server:
-        yield server
 
 
 def test_one_source_alone_is_the_short_form(tmp_path: Path) -> None:

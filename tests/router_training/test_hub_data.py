@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -19,19 +17,11 @@ from router_training.sources import Queries, Source
 from router_training.tasks import here
 from storage.errors import ChannelMergingError, QueryDataError, SourceError
 from storage.hub_datasets import open_dataset
-from tests.support.dataset_hub import TOKEN, dataset_hub
+from tests.support.dataset_hub import TOKEN
 from tests.support.hub_server import HubServer
 from tests.support.query_sources import both, example, questions
 
 NAME = "org/questions"
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    for module in ("huggingface_hub.utils._http", "storage.hub"):
-        monkeypatch.setattr(f"{module}.time", SimpleNamespace(sleep=lambda _: None))
-    with dataset_hub(tmp_path / "home", monkeypatch) as server:
-        yield server
 
 
 def lines(path: Path, rows: list[dict[str, Any]]) -> None:
