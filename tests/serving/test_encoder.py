@@ -61,7 +61,7 @@ def test_batches_by_length_give_what_single_texts_do_in_their_order(
     assert found.shape == (len(texts), 3)
     assert found.dtype == np.float64
     expected = [reference(scorer, cut(text, 48)) for text in texts]
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
     assert np.ptp(found, axis=0).max() > 1e-2
 
 
