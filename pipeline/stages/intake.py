@@ -92,6 +92,8 @@ class _Incoming:
             for start in [start for start in known if not self._has(unit_keys(name, info, start), lost)]:
                 del known[start]
         self.whole = record is not None and not self.left(infos)
+        if self.whole and self.group.store.children(RECEIPTS):  # its run died when it had just declared the source ingested
+            self.group.store.clear(RECEIPTS)
 
     def _has(self, keys: Sequence[str], lost: set[str]) -> bool:
         return all(key in self.chunks and key not in lost for key in keys)

@@ -176,10 +176,11 @@ class World:
 
     def check_deltas(self, expected: Undisturbed) -> None:
         """The delta store holds the same bytes."""
-        found = stored(self.deltas)
-        assert found == {
-            key: (size, digest if found.get(key, ("", ""))[1] else "") for key, (size, digest) in expected.deltas.items()
-        }
+        found, nothing = stored(self.deltas), (0, "")
+        wanted = {key: (size, digest if found.get(key, nothing)[1] else "") for key, (size, digest) in expected.deltas.items()}
+        other = {key: (found.get(key), wanted.get(key)) for key in found.keys() | wanted.keys()}
+        different = {key: pair for key, pair in other.items() if pair[0] != pair[1]}
+        assert not different, f"found and expected: {different}"
 
     def resume(self, expected: Undisturbed, *options: str, cluster: str = "none") -> None:
         """Run again after a run that failed; what has receipts is not begun again, and the result is the undisturbed one."""

@@ -15,8 +15,10 @@ from pipeline import plan
 from pipeline.job import plan_recipe
 from pipeline.plan import plan_waves
 from pipeline.recipe import load_recipe
+from pipeline.stages.intake import RECEIPTS
 from pipeline.stages.waves import Waves
 from storage.errors import CheckpointError
+from storage.local_store import LocalStore
 from tests.pipeline.test_invariants import fresh
 from tests.support.running import merged, rebuilt
 from tests.support.tiny_experts import NAMES, Family
@@ -150,3 +152,23 @@ def test_a_second_attempt_with_another_budget_goes_on(family: Family, monkeypatc
     again = merged(family.recipe(cluster={"kind": "none", "memory": "1GiB"}))
     assert again.version == expected
     assert again.manifest.moved["ingest read"] == again.manifest.moved["similarity read"] == 0
+
+
+def test_a_run_that_died_when_a_source_was_just_in_leaves_no_receipts(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Death between the record of a source, which the receipts become part of, and their removal."""
+    recipe = family.recipe(cluster={"kind": "none", "workers": 1})
+    own = LocalStore.clear
+
+    def clear(store: LocalStore, prefix: str) -> None:
+        if prefix == RECEIPTS:
+            raise DeathError
+        own(store, prefix)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "clear", clear)
+        with pytest.raises(DeathError):
+            merged(recipe)
+    deltas = Path(load_recipe(recipe).deltas)
+    assert list(deltas.rglob(f"{RECEIPTS}/*/*.json"))
+    assert merged(recipe).new
+    assert not list(deltas.rglob(RECEIPTS))
