@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from flows.run import Conductor, Outcome, check_queries, holding, job_record, train_into
+from flows.run import Conductor, Outcome, check_queries, holding, job_record
+from flows.training import router_training
 from pipeline.engine import Reporter, Waiting
 from pipeline.job import package_versions
 from pipeline.recipe import Recipe
@@ -67,7 +69,7 @@ def _inputs(recipe: Recipe, manifest: Manifest, router: RouterInputs) -> str:
     return INPUTS + digest_of(covered)[len(INPUTS) :]
 
 
-def _described(recipe: Recipe, old: Manifest, inputs: str, staged: Store, router: dict[str, Any], seconds: float) -> Manifest:
+def _described(recipe: Recipe, old: Manifest, inputs: str, staged: Store, router: Any, seconds: dict[str, float]) -> Manifest:
     """The manifest of what is staged."""
     records = _kept(old)
     for name in sorted(staged.sizes("router")):
@@ -78,9 +80,21 @@ def _described(recipe: Recipe, old: Manifest, inputs: str, staged: Store, router
             "version": version_of(records), "inputs": inputs, "files": records, "router": router,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "recipe": {**old.recipe, "router": recipe.router.model_dump(mode="json")},
-            "seconds": {**old.seconds, "router": round(seconds, 3)},
+            "seconds": {**old.seconds, **seconds},
         }
     )  # fmt: skip
+
+
+@contextmanager
+def _cluster(recipe: Recipe, reporter: Reporter, conductor: Conductor) -> Iterator[None]:
+    """The cluster that the recipe names by its address, where a BERT router may find a GPU. Others are not worth a start."""
+    if recipe.router.kind != "bert" or "://" not in recipe.cluster.where:
+        yield
+        return
+    from pipeline.dask_cluster import open_cluster
+
+    with conductor.cluster(), open_cluster(recipe.cluster, reporter):
+        yield
 
 
 def retrain(recipe: Recipe, version: str | None, reporter: Reporter, conductor: Conductor | None = None) -> Outcome:
@@ -113,14 +127,17 @@ def retrain(recipe: Recipe, version: str | None, reporter: Reporter, conductor: 
         for name in _kept(old):
             output.share(f"{old.version}/{name}", f"{staged}/{name}")
         output.clear(f"{staged}/router")
-        started = time.monotonic()
         seed, files = recipe.merge.seed, output.under(staged)
-        work = output.under(place)
-        router = conductor.step("router", lambda: train_into(files, work, made_from.section, seed, reporter))
+        with (
+            _cluster(recipe, reporter, conductor),
+            router_training(made_from.section, seed, files, output.under(place), reporter) as training,
+        ):
+            for name, body in training.steps.items():
+                conductor.step(name, body)
+            router = conductor.step("router", training.train)
         made_from.check()
-        seconds = time.monotonic() - started
         manifest = conductor.step(
-            "report", lambda: with_documents(files, _described(recipe, old, inputs, files, router, seconds))
+            "report", lambda: with_documents(files, _described(recipe, old, inputs, files, router, training.seconds))
         )
         waiting = Waiting(reporter, f"waiting for another run that publishes in {output.place}")
         merges = {old.inputs, *inputs_of(output, old.version)}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datetime
 import platform
-import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,16 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from platformdirs import user_cache_path
-
+from flows.training import QUERIES, router_training
 from pipeline.engine import Cancelled, Engine, Reporter, Waiting, open_engine
 from pipeline.job import Job, resolve
-from pipeline.recipe import Recipe, RouterSection, load_recipe
+from pipeline.recipe import Recipe, load_recipe
 from pipeline.router_inputs import ENCODER
 from serving.documents import with_documents
 from storage.atomic import canonical_json
 from storage.deltas import JOB, run_record
-from storage.digests import digest_of
 from storage.errors import ChannelMergingError, IncompleteStoreError, RecipeError, together
 from storage.manifest import Manifest
 from storage.publishing import find_by_inputs, is_published, make_latest
@@ -176,13 +172,13 @@ class Conductor:
 def _at_once(engine: Engine, conductor: Conductor, bodies: Mapping[str, Callable[[], None]]) -> None:
     """Run steps that wait for each other's waves. When one fails all end, and its error is raised.
 
-    When what an expert brings is wrong, the others are looked at too: all that is wrong is one error.
+    When what an expert brings is wrong, or the queries are, the others are looked at too: all that is wrong is one error.
     """
     with ThreadPoolExecutor(len(bodies), thread_name_prefix="step") as pool:
         steps = {
             name: pool.submit(copy_context().run, conductor.step, name, body, engine.check) for name, body in bodies.items()
         }
-        incoming = [future for name, future in steps.items() if name.startswith(INGEST)]
+        incoming = [future for name, future in steps.items() if name.startswith(INGEST) or name == QUERIES]
         try:
             wait(steps.values(), return_when=FIRST_EXCEPTION)
             if any(future.done() and is_wrong_input(future.exception()) for future in incoming):
@@ -202,65 +198,18 @@ def is_wrong_input(error: BaseException | None) -> bool:
     return isinstance(error, ChannelMergingError) and error.exit_code == WRONG_INPUT
 
 
-@contextmanager
-def _trained_in(work: Store) -> Iterator[Path]:
-    """A folder of this machine for what a training leaves on its way, where the next run of the same inputs finds it.
-
-    It goes with the unfinished work, or, where that lies in an object store, when the training has ended.
-    """
-    if work.is_local:
-        yield Path(work.place) / "router"
-        return
-    folder = user_cache_path("channel-merging") / "router" / digest_of(work.place)
-    try:
-        yield folder
-    except ChannelMergingError as error:
-        if is_wrong_input(error):
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def train_into(staged: Store, work: Store, router: RouterSection, seed: int, reporter: Reporter) -> Any:
-    """Train a router into what is staged; what was measured of it, None when the recipe wants none.
-
-    ``work``: the run's unfinished work; ``router`` has its sources pinned.
-    """
-    if router.kind == "none":
-        return None
-    from router_training.training import train_router
-
-    reporter.start("router", 1)
-    staged.clear("router")
-    with _trained_in(work) as place:
-        done = place / "done"
-        shutil.rmtree(done, ignore_errors=True)
-        card = train_router(router, seed, done, place)
-        for path in sorted(done.rglob("*")):
-            if path.is_file():
-                name = path.relative_to(done).as_posix()
-                with path.open("rb") as file:
-                    staged.upload(f"router/{name}", iter(partial(file.read, 1 << 24), b""), size=path.stat().st_size)
-    reporter.advance("router", router.kind)
-    reporter.done("router")
-    return card
-
-
-def _train(job: Job, reporter: Reporter) -> Any:
-    return train_into(job.staged, job.work, job.recipe.router, job.recipe.merge.seed, reporter)
-
-
 def _make(job: Job, engine: Engine, conductor: Conductor) -> Outcome:
     """Everything from the sources to the published version."""
     from pipeline.stages import publish
     from pipeline.stages.waves import Waves
 
-    with Waves(job, engine) as waves:
-        steps: dict[str, Callable[[], None]] = {f"{INGEST}{expert}": partial(waves.ingest, expert) for expert in waves.incoming}
-        _at_once(engine, conductor, {**steps, "similarity": waves.group, "merge": waves.merge, "pack": waves.pack})
-    started = time.monotonic()
-    router = conductor.step("router", lambda: _train(job, engine.reporter))
-    waves.seconds["router"] = round(time.monotonic() - started, 3)
+    with router_training(job.recipe.router, job.recipe.merge.seed, job.staged, job.work, engine.reporter) as training:
+        with Waves(job, engine) as waves:
+            ingests = {f"{INGEST}{expert}": partial(waves.ingest, expert) for expert in waves.incoming}
+            stages = {"similarity": waves.group, "merge": waves.merge, "pack": waves.pack}
+            _at_once(engine, conductor, {**ingests, **training.steps, **stages})
+        router = conductor.step("router", training.train)
+    waves.seconds |= training.seconds
     manifest = conductor.step("report", lambda: with_documents(job.staged, publish.describe(waves, router)))
     waiting = Waiting(engine.reporter, f"waiting for another run that publishes in {job.output.place}", engine.check)
     is_new = not is_published(job.output, manifest.version)  # before: a second attempt finds what the first one did

@@ -15,14 +15,18 @@ from typing import Any, Protocol
 
 from router_training.encoders import check_encoder
 from router_training.fitting import ENCODER, RECORD, TASK, TRAINED, fit
+from router_training.keeping import Kept
 from router_training.parts import PreparedQueries
-from router_training.processes import run_together
+from router_training.processes import HERE, Processes, run_together
 from serving.encoder import EncoderScorer, load_encoder
 from storage.atomic import canonical_json, write_atomically
+from storage.digests import digest_of
 from storage.errors import QueryDataError, RecipeError
 from storage.local_store import LocalStore
 
 Tell = Callable[[str], None]
+NAMED = 16
+"""Digits of its digest that a training's checkpoints are named by."""
 
 
 class BertSettings(Protocol):
@@ -69,19 +73,25 @@ class BertSettings(Protocol):
 
 
 def train(
-    prepared: PreparedQueries, settings: BertSettings, seed: int, work: Path, tell: Tell, *, processes: int | None = None
+    prepared: PreparedQueries,
+    settings: BertSettings,
+    seed: int,
+    work: Path,
+    tell: Tell,
+    *,
+    processes: Processes = HERE,
+    kept: Kept | None = None,
 ) -> EncoderScorer:
     """A scorer of the experts, as it will be served: with the precision that is stored.
 
     ``work`` is a folder of this training's own. What was killed goes on there from its last whole checkpoint, when it is called
-    with the same queries, settings and seed; anything else starts over. ``processes``: by default as many as this process sees
-    GPUs, or the most below that which the queries of an update can be divided among; this one alone if that is one.
-    ``tell`` receives a line of progress now and then.
+    with the same queries, settings and seed; anything else starts over. With ``kept`` it also goes on in another folder, on
+    another machine. ``tell`` receives a line of progress now and then.
 
     CheckpointError when the encoder cannot be used, RecipeError when the settings do not fit the devices, QueryDataError when
     there are no training queries, ClusterError when a process of several died.
     """
-    count = _processes(settings) if processes is None else processes
+    count = _processes(settings, processes.devices)
     if settings.batch % (settings.accumulate * count):
         raise RecipeError(
             f"router.batch: {settings.batch} queries cannot be divided evenly into {settings.accumulate} passes "
@@ -98,26 +108,30 @@ def train(
         "source": encoder.source, "files": encoder.identities(), "card": dict(prepared.card),
         "sizes": {which: [Path(path).stat().st_size for path in paths] for which, paths in parts.items()},
     }  # fmt: skip
-    _take_up(work, identity, parts)
+    place = None if kept is None else kept.store.under(digest_of(identity)[:NAMED]).place
+    _take_up(work, identity, {"parts": parts, "kept": place, "keep_every": None if kept is None else kept.every})
     if not (work / TRAINED / RECORD).exists():
         tell(f"fetches the encoder {encoder.place}")
         encoder.link_into(work / ENCODER)
-        if count > 1:
-            run_together("router_training.fitting", count, work, tell)
+        if count > 1 or processes.apart:
+            run_together("router_training.fitting", count, work, tell, processes.check)
         else:
             fit(work, tell)
     return load_encoder(LocalStore(work / TRAINED), json.loads((work / TRAINED / RECORD).read_bytes()))
 
 
-def _processes(settings: BertSettings) -> int:
-    import torch
+def _processes(settings: BertSettings, devices: int | None) -> int:
+    """The most up to this many devices that the queries of an update can be divided among."""
+    if devices is None:
+        import torch
 
-    fitting = (count for count in range(torch.cuda.device_count(), 1, -1) if not settings.batch % (settings.accumulate * count))
+        devices = torch.cuda.device_count()
+    fitting = (count for count in range(devices, 1, -1) if not settings.batch % (settings.accumulate * count))
     return next(fitting, 1)
 
 
-def _take_up(work: Path, identity: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
-    """Make a folder ready: as it was left when it is of the same training, else empty. The parts may lie elsewhere now."""
+def _take_up(work: Path, identity: Mapping[str, Any], places: Mapping[str, Any]) -> None:
+    """Make a folder ready: as it was left when it is of the same training, else empty. ``places`` may be others now."""
     wanted = json.loads(canonical_json(dict(identity)))
     try:
         found = json.loads((work / TASK).read_bytes()).get("identity")
@@ -126,4 +140,4 @@ def _take_up(work: Path, identity: Mapping[str, Any], parts: Mapping[str, Any]) 
     if found != wanted:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-    write_atomically(work / TASK, canonical_json({"identity": wanted, "parts": dict(parts)}))
+    write_atomically(work / TASK, canonical_json({"identity": wanted, **places}))

@@ -1,8 +1,9 @@
 """The BERT router's training proper, by transformers' Trainer, in this process or in several that it is started in.
 
 Everything it needs lies in a work folder: ``task.json``, links to the encoder's files, its checkpoints, and at the end the
-trained encoder. Checkpoints hold the optimizer's and the generators' state as torch pickles (read back with torch's
-restricted unpickler); they are read by the same training alone and never leave the work folder.
+trained encoder. Where that folder may be lost with its machine, checkpoints are copied to a store now and then. They hold the
+optimizer's and the generators' state as torch pickles (read back with torch's restricted unpickler); the same training alone
+reads them, and they are no part of what is published.
 
 Fixed by the seed: the head's first values, dropout, and the order of the queries. Not fixed: the order in which a device
 adds; two trainings agree to rounding on one machine and may drift apart on different ones.
@@ -16,7 +17,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,12 @@ from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 
 from router_training.batches import Collator, PartOrder, Parts
 from router_training.encoders import longest
+from router_training.keeping import WHOLE, Keeper, last_whole
 from router_training.processes import end_with_parent, say
 from serving.encoder import EncoderScorer, quiet, save_encoder
 from storage.atomic import canonical_json, sync, write_atomically
 from storage.errors import ChannelMergingError, CheckpointError, ClusterError, RecipeError
+from storage.stores import open_store
 
 TASK = "task.json"
 ENCODER = "encoder"
@@ -40,8 +42,6 @@ CHECKPOINTS = "checkpoints"
 TRAINED = "trained"
 RECORD = "encoder.json"
 """In the trained folder, written last: what router.json says of the encoder."""
-WHOLE = "whole.json"
-"""In a checkpoint, written last: names and sizes of its files."""
 PER_EPOCH = 10
 """Checkpoints, and with an early stop evaluations, per epoch."""
 EVALUATED = 2048
@@ -63,8 +63,13 @@ class _Trainer(Trainer):
 class _Progress(TrainerCallback):
     """Tells how far it is, keeps the epoch's order, marks checkpoints that are whole, stops at a loss that is no number."""
 
-    def __init__(self, order: PartOrder, folder: Path, tell: Tell) -> None:
-        self.order, self.folder, self.tell = order, folder, tell
+    def __init__(self, order: PartOrder, folder: Path, tell: Tell, keeper: Keeper | None) -> None:
+        self.order, self.folder, self.tell, self.keeper = order, folder, tell, keeper
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        best = self.folder / f"checkpoint-{state.best_global_step}"
+        if best.is_dir():  # the Trainer knows it by the folder that it was made in, which may have been another one
+            state.best_model_checkpoint = str(best)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self.order.epoch = int(state.epoch or 0)
@@ -83,7 +88,11 @@ class _Progress(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         if state.is_world_process_zero:
-            mark_whole(self.folder / f"checkpoint-{state.global_step}")
+            checkpoint = self.folder / f"checkpoint-{state.global_step}"
+            mark_whole(checkpoint)
+            if self.keeper is not None:
+                best = {Path(state.best_model_checkpoint)} if state.best_model_checkpoint else set()
+                self.keeper.keep(sorted({checkpoint} | best))
 
 
 def mark_whole(checkpoint: Path) -> None:
@@ -92,19 +101,6 @@ def mark_whole(checkpoint: Path) -> None:
     for name in files:
         sync(checkpoint / name)
     write_atomically(checkpoint / WHOLE, canonical_json(files))
-
-
-def last_whole(folder: Path) -> Path | None:
-    """The last checkpoint that was written to its end; those that were not are removed."""
-    found: dict[int, Path] = {}
-    for path in folder.glob("checkpoint-*"):
-        with suppress(OSError, ValueError):
-            files = json.loads((path / WHOLE).read_bytes())
-            if all((path / name).stat().st_size == size for name, size in files.items()):
-                found[int(path.name.rpartition("-")[2])] = path
-                continue
-        shutil.rmtree(path)
-    return found[max(found)] if found else None
 
 
 def precision() -> dict[str, Any]:
@@ -191,8 +187,10 @@ def fit(work: Path, tell: Tell) -> None:
     steps = math.ceil(len(queries) / settings["batch"])
     options = arguments(task, work, steps)  # which joins the other processes
     options._n_gpu = min(1, options.n_gpu)  # it would spread an update over all GPUs in threads, with more queries each
-    checkpoint = last_whole(work / CHECKPOINTS) if is_first or not options.world_size > 1 else None
-    checkpoint = _from_first(checkpoint, options)
+    keeper = Keeper(open_store(found["kept"]), found["keep_every"]) if found["kept"] and is_first else None
+    if keeper is not None:
+        keeper.restore(work / CHECKPOINTS)
+    checkpoint = _from_first(last_whole(work / CHECKPOINTS) if is_first else None, options)
     transformers.set_seed(options.seed)
     model = build(work / ENCODER, experts, task["source"])
     with quiet():
@@ -203,7 +201,7 @@ def fit(work: Path, tell: Tell) -> None:
         model=model, args=options, train_dataset=queries, compute_loss_func=mean_loss,
         data_collator=Collator(tokenizer, max_length, 8 if torch.cuda.is_available() else None),
         eval_dataset=Subset(validation, range(min(EVALUATED, len(validation)))) if settings["early_stop"] is not None else None,
-        callbacks=[_Progress(order, work / CHECKPOINTS, tell)],
+        callbacks=[_Progress(order, work / CHECKPOINTS, tell, keeper)],
     )  # fmt: skip
     trainer.order = order
     trainer.remove_callback(PrinterCallback)

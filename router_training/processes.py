@@ -1,4 +1,4 @@
-"""Several processes of one training, one per device, which accelerate joins by torch's own environment variables."""
+"""The processes of one training, one per device; several are joined by accelerate, by torch's own environment variables."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -24,11 +25,30 @@ POLL_S = 0.5
 """How often it is looked whether all are alive: others wait long for one that died."""
 
 
-def run_together(module: str, count: int, work: Path, tell: Callable[[str], None]) -> None:
+@dataclass(frozen=True)
+class Processes:
+    """The processes that train."""
+
+    devices: int | None = None
+    """At most so many; by default as many as this process sees GPUs. The queries of an update are divided among them evenly."""
+    apart: bool = False
+    """A single one is another one than this too, which can be ended at any time."""
+    check: Callable[[], None] = lambda: None
+    """Asked now and then, where there are other processes: what it raises ends them."""
+
+
+HERE = Processes()
+"""This process, or one for each GPU that it sees."""
+
+
+def run_together(
+    module: str, count: int, work: Path, tell: Callable[[str], None], check: Callable[[], None] = lambda: None
+) -> None:
     """Run ``python -m module WORK`` in this many processes until all are done; what they write to stderr is kept in WORK.
 
     They say what they have to say by ``say`` and end with their standard input, that is with this process, whatever ends it.
-    The first error that one of them says is raised, ClusterError when one died without a word; the others are then ended.
+    The first error that one of them says is raised, ClusterError when one died without a word; the others are then ended, as
+    they all are when ``check``, which is asked now and then, raises.
     """
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     with (work / LOG).open("wb") as log:
@@ -38,6 +58,7 @@ def run_together(module: str, count: int, work: Path, tell: Callable[[str], None
             reader.start()
         try:
             while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
+                check()
                 _pass_on(lines, tell, POLL_S)
         finally:
             for process, reader in zip(processes, readers, strict=True):
@@ -73,16 +94,18 @@ def end_with_parent() -> None:
 
 
 def _environments(count: int) -> list[Mapping[str, str]]:
+    root = str(Path(__file__).parent.parent)
+    path = {"PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    if count == 1:  # nobody to join
+        return [os.environ | path]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    root = str(Path(__file__).parent.parent)
     shared = {
-        "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
     }  # fmt: skip
-    return [os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [os.environ | path | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 def _start(module: str, rank: int, environment: Mapping[str, str], work: Path, log: IO[bytes]) -> subprocess.Popen[str]:
@@ -99,6 +122,7 @@ def _pass_on(lines: queue.SimpleQueue[str], tell: Callable[[str], None], timeout
             record = _record(lines.get(timeout=timeout))
         except queue.Empty:
             return
+        timeout = 0.0  # of those that keep coming each will be told, but who waits is asked in between
         if "tell" in record:
             tell(record["tell"])
         elif "error" in record:

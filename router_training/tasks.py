@@ -35,7 +35,8 @@ def on_dask(task: Callable[..., _T], calls: Sequence[tuple[Any, ...]], folder: P
     return list(dask.compute(*tasks, scheduler=scheduler))
 
 
-def _sees(paths: Sequence[str]) -> bool:
+def sees(paths: Sequence[str]) -> bool:
+    """Whether all these paths are there for the process that is asked."""
     return all(Path(path).exists() for path in paths)
 
 
@@ -54,7 +55,7 @@ def _is_shared(folder: Path, files: Sequence[Path]) -> bool:
     try:
         # a file that is not there is missed by whoever reads it, and the error names it
         known = [str(path) for path in (probe, *files) if path.exists()]
-        answers = client.run(_sees, known)
+        answers = client.run(sees, known)
         return bool(answers) and all(answers.values())
     finally:
         probe.unlink()

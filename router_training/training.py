@@ -1,4 +1,4 @@
-"""From a recipe's router section to a router in a folder, measured: prepare, train, calibrate, measure, save."""
+"""From prepared queries to a router in a folder, measured: train, calibrate, measure, save."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 
 from router_training import calibration, measures
 from router_training.calibration import Threshold
+from router_training.data import Prepared
+from router_training.keeping import Kept
 from router_training.parts import PreparedQueries, each_part
+from router_training.processes import HERE, Processes
 from serving.choice import log_shares
 from serving.router import CONFIG, WEIGHTS, LinearScorer, Router, Scorer
 from storage.atomic import canonical_json
@@ -180,32 +183,43 @@ def _silent(line: str) -> None:
     """Says nothing."""
 
 
-def _trained(section: Any, prepared: PreparedQueries, seed: int, work: Path, tell: Tell | None) -> Scorer:
+@dataclass(frozen=True)
+class Training:
+    """A router to train, wherever that is. Small, and it pickles."""
+
+    section: Any
+    """A recipe's router section, its data sets pinned."""
+    seed: int
+    prepared: Prepared
+    kept: Kept | None = None
+    """For checkpoints, where ``work`` may be lost with the machine."""
+
+
+def train_router(
+    training: Training, work: Path, folder: Path, tell: Tell = _silent, processes: Processes = HERE
+) -> dict[str, Any]:
+    """Train, calibrate and measure a router in this process, and write it into ``folder``; the record for the manifest.
+
+    ``work`` is a folder of this training's own, where a run that was killed goes on. ``tell`` receives a line now and then.
+    Errors are those of ``linear.train`` and ``bert.train``.
+    """
+    started = time.perf_counter()
+    scorer = _trained(training, work, tell, processes)
+    trained = time.perf_counter()
+    record = finish(scorer, training.prepared, training.section, folder)
+    seconds = {"train": trained - started, "measure": time.perf_counter() - trained}
+    return {**record, "seconds": {name: round(spent, 3) for name, spent in seconds.items()}}
+
+
+def _trained(training: Training, work: Path, tell: Tell, processes: Processes) -> Scorer:
+    section, prepared, seed = training.section, training.prepared, training.seed
     if section.kind == "linear":
         from router_training import linear
 
         return linear.train(prepared, seed, tell=tell)
     from router_training import bert
 
-    return bert.train(prepared, section, seed, work / "bert", tell or _silent)
-
-
-def train_router(section: Any, seed: int, folder: Path, work: Path, tell: Tell | None = None) -> dict[str, Any]:
-    """Train the router of a recipe's section, whose data sets are pinned, into ``folder``; the record for the manifest.
-
-    ``work`` is a folder of this training's own, where a run that was killed goes on. ``tell`` receives a line now and then.
-    Errors are those of ``data.prepare``, ``linear.train`` and ``bert.train``.
-    """
-    from router_training.data import prepare
-
-    started = time.perf_counter()
-    prepared = prepare(section, seed, work / "queries")
-    ready = time.perf_counter()
-    scorer = _trained(section, prepared, seed, work, tell)
-    trained = time.perf_counter()
-    record = finish(scorer, prepared, section, folder)
-    seconds = {"prepare": ready - started, "train": trained - ready, "measure": time.perf_counter() - trained}
-    return {**record, "seconds": {name: round(spent, 3) for name, spent in seconds.items()}}
+    return bert.train(prepared, section, seed, work / "bert", tell, processes=processes, kept=training.kept)
 
 
 def finish(scorer: Scorer, prepared: PreparedQueries, settings: RouterSettings, folder: Path) -> dict[str, Any]:

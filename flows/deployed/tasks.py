@@ -46,7 +46,7 @@ RETRIES = 3
 BACK_OFF_S = 5
 """Before the second attempt of a task, then doubled. Clients of stores and of the Hub have retried before."""
 HOUR = 3600.0
-TIMEOUTS = {"resolve": HOUR, "plan": HOUR, "router": 12 * HOUR, "report": HOUR, "publish": 6 * HOUR}
+TIMEOUTS = {"resolve": HOUR, "plan": HOUR, "queries": 12 * HOUR, "router": 12 * HOUR, "report": HOUR, "publish": 6 * HOUR}
 LONGEST = 48 * HOUR
 """Stages that wait for each other's waves may take as long as all of them together."""
 PASSING = (SourceError, StoreError, StoreBusyError)

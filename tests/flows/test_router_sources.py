@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from router_training.opening import CHECKED_ROWS
 from storage.artifact import Artifact
-from storage.errors import ChannelMergingError
+from storage.errors import ChannelMergingError, QueryDataError
+from storage.stores import Store
 from tests.pipeline.test_invariants import router_of
 from tests.support.hub_server import HubServer
 from tests.support.query_sources import questions
@@ -63,12 +65,30 @@ def test_a_data_set_that_is_not_there_is_met_before_anything_is_merged(family: F
     assert not (family.folder.parent / "output").exists()
 
 
-def test_what_was_prepared_is_taken_up_by_the_next_run(
+def test_rows_that_cannot_be_read_are_met_before_anything_is_trained(
     family: Family, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They lie behind the first rows, which alone are looked at beforehand: while experts come in they are found."""
+    good = [{"query": text} for text in questions("sum", 2 * CHECKED_ROWS)]
+    (tmp_path / "first").mkdir()
+    lines = [json.dumps(row) + "\n" for row in [*good, *[{"query": None}] * len(good)]]
+    (tmp_path / "first" / "train.jsonl").write_text("".join(lines))
+    hub.add_repo(f"datasets/{NAME}", tmp_path / "first")
+    trained: list[object] = []
+    monkeypatch.setattr("router_training.linear.train", lambda *_, **__: trained.append(0))
+    with pytest.raises(QueryDataError, match=r"and 1980 more rows of org/sums@\w+; a share of 0.01 may be bad") as caught:
+        merged(family.recipe(router=router(family), cluster={"kind": "none"}))
+    assert caught.value.exit_code == 2
+    assert not trained
+    assert not list((family.folder.parent / "output").rglob("pool*"))
+
+
+def test_what_was_prepared_is_taken_up_by_the_next_run(
+    family: Family, hub: HubServer, tmp_path: Path, output: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A training that is lost to the machine goes on: the data set is not streamed again."""
     publish(hub, tmp_path / "first", questions("sum", 90))
-    recipe = family.recipe(router=router(family), cluster={"kind": "none"})
+    recipe = family.recipe(router=router(family), cluster={"kind": "none"}, output=output.place)
 
     def lost(*_: object, **__: object) -> None:
         raise OSError("no space left")
@@ -80,3 +100,4 @@ def test_what_was_prepared_is_taken_up_by_the_next_run(
     hub.forget()
     assert merged(recipe).new
     assert not hub.asked("GET .*train.jsonl")
+    assert [key for key in output.sizes(".work") if "queries" in key] == []

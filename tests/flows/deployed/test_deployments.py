@@ -25,7 +25,7 @@ pytestmark = pytest.mark.server
 
 EXPERTS = ("chinese", "code", "math", "prose")
 INGESTS = {f"ingest {name}" for name in EXPERTS}
-STEPS = {"resolve", "plan", *INGESTS, "similarity", "merge", "pack", "router", "report", "publish"}
+STEPS = {"resolve", "plan", *INGESTS, "queries", "similarity", "merge", "pack", "router", "report", "publish"}
 STAGES = ("ingest", "similarity", "merge", "pack")
 """Those that are many blocks, and have a progress artifact."""
 
@@ -204,7 +204,7 @@ def test_a_new_router_is_a_version_that_shares_its_weights(prefect: Prefect, fir
     for name in pools:
         paths = [prefect.store / "artifacts" / "tiny" / one.manifest.version / name for one in (old, new)]
         assert paths[0].samefile(paths[1]), "a hard link, not a copy"
-    assert prefect.task_runs(run).keys() == {"resolve", "router", "report", "publish"}
+    assert prefect.task_runs(run).keys() == {"resolve", "queries", "router", "report", "publish"}
     assert "**published**" in prefect.artifacts(run)["tiny-outcome"]["data"]
     before = versions(prefect)
     after = prefect.run("merge/tiny", groups=3)

@@ -33,7 +33,18 @@ def test_the_flow_runs_the_steps_of_the_command_line(family: Family, here: Prefe
     assert merge(recipe, groups=3, output=output) == {**result, "new": False}
     tasks = here.task_runs(run_of(first))
     ingests = {f"ingest {name}" for name in family.experts}
-    assert tasks.keys() == {"resolve", "plan", *ingests, "similarity", "merge", "pack", "router", "report", "publish"}
+    assert tasks.keys() == {
+        "resolve",
+        "plan",
+        *ingests,
+        "queries",
+        "similarity",
+        "merge",
+        "pack",
+        "router",
+        "report",
+        "publish",
+    }
     assert {task["state_name"] for task in tasks.values()} == {"Completed"}
     assert (result["new"], Artifact(result["path"]).verify()) == (True, [])
     by_command = merged(family.recipe(**{"router": router_of(family), "merge.groups": 3}))

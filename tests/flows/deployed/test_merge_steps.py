@@ -12,9 +12,9 @@ import pytest
 from prefect.client.schemas.objects import State
 from prefect.tasks import exponential_backoff
 
-import flows.run
 from flows.deployed import tasks
 from flows.deployed.merge import RETRIES, merge
+from flows.training import RouterTraining
 from storage.artifact import Artifact
 from storage.errors import StoreError
 from tests.flows.deployed.test_merge_flow import run_of
@@ -39,14 +39,14 @@ def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
 
 def test_a_failure_that_passes_is_tried_again(family: Family, here: Prefect, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that does not answer, longer than its client waits."""
-    own, failures = flows.run.train_into, iter(range(2))
+    own, failures = RouterTraining.train, iter(range(2))
 
-    def train_into(*arguments: Any) -> Any:
+    def train(training: RouterTraining) -> Any:
         if next(failures, None) is not None:
             raise StoreError("the store answers 503")
-        return own(*arguments)
+        return own(training)
 
-    monkeypatch.setattr(flows.run, "train_into", train_into)
+    monkeypatch.setattr(RouterTraining, "train", train)
     monkeypatch.setattr(tasks, "BACK_OFF_S", 0.05)
     state: State[dict[str, Any]] = merge(str(family.recipe()), return_state=True)
     assert Artifact(state.result()["path"]).verify() == []
@@ -56,10 +56,10 @@ def test_a_failure_that_passes_is_tried_again(family: Family, here: Prefect, mon
 
 
 def test_a_failure_that_stays_ends_the_run(family: Family, here: Prefect, monkeypatch: pytest.MonkeyPatch) -> None:
-    def train_into(*_: Any) -> Any:
+    def train(_: RouterTraining) -> Any:
         raise StoreError("the store answers 503")
 
-    monkeypatch.setattr(flows.run, "train_into", train_into)
+    monkeypatch.setattr(RouterTraining, "train", train)
     monkeypatch.setattr(tasks, "BACK_OFF_S", 0.01)
     monkeypatch.setattr(tasks, "RETRIES", 1)
     quick = merge.with_options(retry_delay_seconds=0.1)

@@ -1,0 +1,188 @@
+"""Where a router is trained: in this process, or on a worker of a Dask cluster that has the GPU which this process lacks.
+
+A worker that shares no disk with this process reads the queries from a store and keeps its checkpoints there, so that another
+worker goes on when it dies. It trains in a process of its own, which ends with the wish for it: when the client gives the task
+up or is gone. What is written comes by a store too, lines of progress by Dask's events, so nothing large passes the scheduler.
+"""
+
+from __future__ import annotations
+
+import queue
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from router_training.data import RECORD
+from router_training.processes import HERE, Processes
+from router_training.tasks import sees
+from router_training.training import Training, train_router
+from storage.errors import ClusterError
+from storage.stores import Store
+from storage.trees import copy_down, copy_up
+
+GPU = "GPU"
+"""The resource that workers with GPUs declare."""
+QUERIES = "queries"
+"""Prepared queries, below a training's folder and its place."""
+POLL_S = 0.5
+LOOK_S = 5.0
+"""How often it is asked which workers there are."""
+WAIT_S = 120.0
+"""How long a training waits while no worker with a GPU is there."""
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a training has on the way, and where its router goes."""
+
+    folder: Path
+    """Of this machine: prepared queries, checkpoints."""
+    shared: Store
+    """The same folder, where it lies on a disk; else its queries have been copied there."""
+    into: Store
+    """For the router's files."""
+
+
+def train_placed(training: Training, place: Place, tell: Tell) -> dict[str, Any]:
+    """Train a router and write its files; the record for the manifest.
+
+    A BERT router is trained on a worker of the active Dask client that declares a GPU, if this process has none and such
+    workers see what is read. ClusterError when they are gone for too long or each that tries dies.
+    """
+    client = _client() if training.section.kind == "bert" else None
+    workers = _workers(client) if client is not None else {}
+    if workers and not _has_gpu():
+        if not (blind := _blind(client, [*workers], training, place)):
+            return _on_some_worker(client, training, place, tell, max(workers.values()))
+        tell(f"{blind}: the router is trained in this process")
+    return _carried_out(training, place, tell, HERE)
+
+
+def _blind(client: Any, workers: list[str], training: Training, place: Place) -> str | None:
+    """What keeps these workers from reading what is read; None when they see it all."""
+    paths = [str(place.folder)] if place.shared.is_local else []
+    if Path(training.section.encoder).is_absolute():
+        paths.append(training.section.encoder)
+    answers = client.run(sees, paths, workers=workers)
+    blind = sorted(worker for worker, answer in answers.items() if not answer)
+    return f"workers with a GPU do not see {' and '.join(paths)} ({', '.join(blind[:3])})" if blind else None
+
+
+def _carried_out(training: Training, place: Place, tell: Tell, processes: Processes) -> dict[str, Any]:
+    done = place.folder / "done"
+    shutil.rmtree(done, ignore_errors=True)
+    record = train_router(training, place.folder, done, tell, processes)
+    copy_up(done, place.into)
+    return record
+
+
+def _client() -> Any:
+    """The active client of a Dask cluster, if there is one."""
+    if "distributed" not in sys.modules:
+        return None
+    from distributed import default_client
+
+    with suppress(ValueError):
+        return default_client()
+    return None
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _workers(client: Any) -> dict[str, int]:
+    """Address -> GPUs that it declares, of the workers with any."""
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    running = {address: worker["resources"] for address, worker in workers.items() if worker["status"] == "running"}
+    return {address: int(declared[GPU]) for address, declared in running.items() if declared.get(GPU, 0) >= 1}
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a worker is told."""
+
+    training: Training
+    place: Place
+    devices: int
+    topic: str
+    """Of the events that its lines of progress are."""
+
+
+def _in_worker(call: _Call) -> dict[str, Any]:
+    """Train on the worker that calls."""
+    from distributed import get_worker
+
+    worker, training, place = get_worker(), call.training, call.place
+    key = worker.get_current_task()
+
+    def tell(line: str) -> None:
+        worker.log_event(call.topic, line)
+
+    def check() -> None:
+        task = worker.state.tasks.get(key)
+        if task is None or task.state in ("cancelled", "resumed") or worker.status.name != "running":
+            raise ClusterError("the training was given up")
+
+    tell(f"the router is trained on worker {worker.address}")
+    with ExitStack() as stack:
+        if not place.shared.is_local:
+            folder = Path(stack.enter_context(TemporaryDirectory(dir=worker.local_directory)))
+            copy_down(place.shared.under(QUERIES), folder / QUERIES, last=RECORD)
+            training = replace(training, prepared=replace(training.prepared, folder=folder / QUERIES))
+            place = replace(place, folder=folder)
+        return _carried_out(training, place, tell, Processes(call.devices, apart=True, check=check))
+
+
+def _on_some_worker(client: Any, training: Training, place: Place, tell: Tell, devices: int) -> dict[str, Any]:
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    topic = f"router-{uuid.uuid4().hex[:8]}"
+    client.subscribe_topic(topic, lambda event: lines.put(event[1]))
+    call = _Call(training, place, devices, topic)
+    future = client.submit(_in_worker, call, key=f"router bert-{topic}", pure=False, resources={GPU: devices})
+    try:
+        return _followed(client, future, lines, tell)
+    finally:
+        if client.status == "running":
+            future.cancel()  # nothing where it is done
+            client.unsubscribe_topic(topic)
+
+
+def _followed(client: Any, future: Any, lines: queue.SimpleQueue[str], tell: Tell) -> dict[str, Any]:
+    """The task's result, once it is there."""
+    from distributed import KilledWorker
+
+    met = looked = time.monotonic()
+    while not future.done():
+        with suppress(queue.Empty):
+            tell(lines.get(timeout=POLL_S))
+        now = time.monotonic()
+        if now - looked >= LOOK_S:
+            looked = now
+            met = now if _workers(client) else met
+        if client.status != "running" or now - met >= WAIT_S:
+            break
+    while not lines.empty():
+        tell(lines.get())
+    if not future.done() or future.cancelled():
+        lost = "the Dask scheduler is gone" if client.status != "running" else f"no worker declares a {GPU} any more"
+        raise ClusterError(f"the BERT router's training was lost: {lost}. Run again: it goes on from its last checkpoint.")
+    try:
+        result: dict[str, Any] = future.result()
+    except KilledWorker as error:
+        raise ClusterError(
+            f"the BERT router's training: every worker that tried it died, {error.allowed_failures + 1} of them; often memory "
+            "ran out: raise router.accumulate, or give workers more memory, and run again"
+        ) from None
+    return result
