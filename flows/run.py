@@ -203,7 +203,8 @@ def _make(job: Job, engine: Engine, conductor: Conductor) -> Outcome:
     from pipeline.stages import publish
     from pipeline.stages.waves import Waves
 
-    with router_training(job.recipe.router, job.recipe.merge.seed, job.staged, job.work, engine.reporter) as training:
+    recipe, told = job.recipe, (engine.reporter, engine.check)
+    with router_training(recipe.router, recipe.merge.seed, job.staged, job.work, *told) as training:
         with Waves(job, engine) as waves:
             ingests = {f"{INGEST}{expert}": partial(waves.ingest, expert) for expert in waves.incoming}
             stages = {"similarity": waves.group, "merge": waves.merge, "pack": waves.pack}

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +33,8 @@ class RouterTraining:
     folder: Path
     """The same place, where it is a folder; else one of this machine, and what another one must find is copied."""
     reporter: Reporter
+    check: Callable[[], None]
+    """Raises when the run is given up."""
     prepared: Any = None
     seconds: dict[str, float] = field(default_factory=dict)
     """By step."""
@@ -44,14 +47,15 @@ class RouterTraining:
     def prepare(self) -> None:
         """Read, mix and split the queries. QueryDataError lists all that is wrong with them."""
         from router_training import data
+        from router_training.tasks import on_dask
 
         self.reporter.start(QUERIES, 1)
         started = time.perf_counter()
         folder, copies = self.folder / QUERIES, self.shared.under(QUERIES)
         if not self.shared.is_local and not folder.exists():
             copy_down(copies, folder, last=data.RECORD)
-        self.prepared = data.prepare(self.section, self.seed, folder)
-        if not self.shared.is_local:
+        self.prepared = data.prepare(self.section, self.seed, folder, partial(on_dask, check=self.check))
+        if not self.shared.is_local and _content(copies, data.RECORD) != (folder / data.RECORD).read_bytes():
             copies.clear("")
             copy_up(folder, copies, last=data.RECORD)
         self.seconds[QUERIES] = round(time.perf_counter() - started, 3)
@@ -80,18 +84,30 @@ class RouterTraining:
         return {**record, "seconds": {"prepare": self.seconds[QUERIES], **record["seconds"]}}
 
 
+def _content(store: Store, name: str) -> bytes | None:
+    try:
+        return store.get(name)
+    except FileNotFoundError:
+        return None
+
+
 def _unsaid(line: str) -> None:
     """A linear router is trained in seconds."""
 
 
 @contextmanager
 def router_training(
-    section: RouterSection, seed: int, staged: Store, work: Store, reporter: Reporter
+    section: RouterSection,
+    seed: int,
+    staged: Store,
+    work: Store,
+    reporter: Reporter,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[RouterTraining]:
     """The training of a run. ``work``: the run's unfinished work, which outlives a run that is killed."""
     shared = work.under("router")
     if shared.is_local:
-        yield RouterTraining(section, seed, staged, shared, Path(shared.place), reporter)
+        yield RouterTraining(section, seed, staged, shared, Path(shared.place), reporter, check)
         return
     with TemporaryDirectory(prefix="channel-merging-router-") as folder:
-        yield RouterTraining(section, seed, staged, shared, Path(folder), reporter)
+        yield RouterTraining(section, seed, staged, shared, Path(folder), reporter, check)

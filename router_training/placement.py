@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import queue
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from typing import Any
 
 from router_training.data import RECORD
 from router_training.processes import HERE, Processes
-from router_training.tasks import sees
+from router_training.tasks import active_client, sees
 from router_training.training import Training, train_router
 from storage.errors import ClusterError
 from storage.stores import Store
@@ -58,7 +57,7 @@ def train_placed(training: Training, place: Place, tell: Tell) -> dict[str, Any]
     A BERT router is trained on a worker of the active Dask client that declares a GPU, if this process has none and such
     workers see what is read. ClusterError when they are gone for too long or each that tries dies.
     """
-    client = _client() if training.section.kind == "bert" else None
+    client = active_client() if training.section.kind == "bert" else None
     workers = _workers(client) if client is not None else {}
     if workers and not _has_gpu():
         if not (blind := _blind(client, [*workers], training, place)):
@@ -83,17 +82,6 @@ def _carried_out(training: Training, place: Place, tell: Tell, processes: Proces
     record = train_router(training, place.folder, done, tell, processes)
     copy_up(done, place.into)
     return record
-
-
-def _client() -> Any:
-    """The active client of a Dask cluster, if there is one."""
-    if "distributed" not in sys.modules:
-        return None
-    from distributed import default_client
-
-    with suppress(ValueError):
-        return default_client()
-    return None
 
 
 def _has_gpu() -> bool:

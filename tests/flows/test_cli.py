@@ -36,7 +36,7 @@ def test_the_verbs_of_a_newcomer(family: Family, tmp_path: Path) -> None:
     assert lines.count("note") == 4  # rows of two extended vocabularies
     stages = [line for line in lines if line != "note"]
     assert (stages[0], stages[-1]) == ("resolve", "router")
-    assert sorted(stages[1:-1]) == ["cluster", "ingest", "merge", "pack", "similarity"]  # they overlap
+    assert sorted(stages[1:-1]) == ["cluster", "ingest", "merge", "pack", "queries", "similarity"]  # they overlap
     again = command("run", recipe, "--set", "merge.groups=3", "--json")
     assert json.loads(again.stdout)["new"] is False
     output = tmp_path / "output"

@@ -172,7 +172,7 @@ def test_the_same_bytes_for_any_workers_and_blocks(tmp_path: Path, workers: int)
 def test_workers_that_do_not_see_the_files_are_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     queries = section(example(tmp_path))
     expected = contents(prepared(tmp_path, queries))
-    monkeypatch.setattr("router_training.tasks._sees", lambda _: False)
+    monkeypatch.setattr("router_training.tasks.sees", lambda _: False)
     asked: list[int] = []
 
     def read(*call: Any) -> Any:
