@@ -87,12 +87,13 @@ def _described(recipe: Recipe, old: Manifest, inputs: str, staged: Store, router
 
 @contextmanager
 def _cluster(recipe: Recipe, reporter: Reporter, conductor: Conductor) -> Iterator[None]:
-    """The cluster that the recipe names by its address, where a BERT router may find a GPU. Others are not worth a start."""
-    if recipe.router.kind != "bert" or "://" not in recipe.cluster.where:
+    """The cluster that the recipe names by its address, where a BERT router may find the GPU that this process lacks."""
+    from pipeline.dask_cluster import open_cluster
+    from router_training.placement import has_gpu
+
+    if recipe.router.kind != "bert" or "://" not in recipe.cluster.where or has_gpu():
         yield
         return
-    from pipeline.dask_cluster import open_cluster
-
     with conductor.cluster(), open_cluster(recipe.cluster, reporter):
         yield
 
@@ -128,13 +129,11 @@ def retrain(recipe: Recipe, version: str | None, reporter: Reporter, conductor: 
             output.share(f"{old.version}/{name}", f"{staged}/{name}")
         output.clear(f"{staged}/router")
         seed, files = recipe.merge.seed, output.under(staged)
-        with (
-            _cluster(recipe, reporter, conductor),
-            router_training(made_from.section, seed, files, output.under(place), reporter) as training,
-        ):
+        with router_training(made_from, seed, files, output.under(place), reporter) as training:
             for name, body in training.steps.items():
                 conductor.step(name, body)
-            router = conductor.step("router", training.train)
+            with _cluster(recipe, reporter, conductor):
+                router = conductor.step("router", training.train)
         made_from.check()
         manifest = conductor.step(
             "report", lambda: with_documents(files, _described(recipe, old, inputs, files, router, training.seconds))

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flows.training import QUERIES, router_training
+from flows.training import router_training
 from pipeline.engine import Cancelled, Engine, Reporter, Waiting, open_engine
 from pipeline.job import Job, resolve
 from pipeline.recipe import Recipe, load_recipe
@@ -172,13 +172,13 @@ class Conductor:
 def _at_once(engine: Engine, conductor: Conductor, bodies: Mapping[str, Callable[[], None]]) -> None:
     """Run steps that wait for each other's waves. When one fails all end, and its error is raised.
 
-    When what an expert brings is wrong, or the queries are, the others are looked at too: all that is wrong is one error.
+    When what an expert brings is wrong, the others are looked at too: all that is wrong is one error.
     """
     with ThreadPoolExecutor(len(bodies), thread_name_prefix="step") as pool:
         steps = {
             name: pool.submit(copy_context().run, conductor.step, name, body, engine.check) for name, body in bodies.items()
         }
-        incoming = [future for name, future in steps.items() if name.startswith(INGEST) or name == QUERIES]
+        incoming = [future for name, future in steps.items() if name.startswith(INGEST)]
         try:
             wait(steps.values(), return_when=FIRST_EXCEPTION)
             if any(future.done() and is_wrong_input(future.exception()) for future in incoming):
@@ -203,8 +203,8 @@ def _make(job: Job, engine: Engine, conductor: Conductor) -> Outcome:
     from pipeline.stages import publish
     from pipeline.stages.waves import Waves
 
-    recipe, told = job.recipe, (engine.reporter, engine.check)
-    with router_training(recipe.router, recipe.merge.seed, job.staged, job.work, *told) as training:
+    seed, reporter = job.recipe.merge.seed, engine.reporter
+    with router_training(job.router, seed, job.staged, job.work, reporter, engine.check) as training:
         with Waves(job, engine) as waves:
             ingests = {f"{INGEST}{expert}": partial(waves.ingest, expert) for expert in waves.incoming}
             stages = {"similarity": waves.group, "merge": waves.merge, "pack": waves.pack}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.engine import Reporter
 from pipeline.recipe import RouterSection
+from pipeline.router_inputs import RouterInputs
 from storage.stores import Store
 from storage.trees import copy_down, copy_up
 
@@ -22,9 +23,9 @@ QUERIES = "queries"
 
 @dataclass
 class RouterTraining:
-    """A router's training, of a section whose sources are pinned."""
+    """A router's training."""
 
-    section: RouterSection
+    inputs: RouterInputs
     seed: int
     staged: Store
     """The version to be: the router's files go below ``router`` there."""
@@ -38,6 +39,11 @@ class RouterTraining:
     prepared: Any = None
     seconds: dict[str, float] = field(default_factory=dict)
     """By step."""
+
+    @property
+    def section(self) -> RouterSection:
+        """With its sources pinned."""
+        return self.inputs.section
 
     @property
     def steps(self) -> Mapping[str, Callable[[], None]]:
@@ -56,6 +62,7 @@ class RouterTraining:
             copy_down(copies, folder, last=data.RECORD)
         self.prepared = data.prepare(self.section, self.seed, folder, partial(on_dask, check=self.check))
         if not self.shared.is_local and _content(copies, data.RECORD) != (folder / data.RECORD).read_bytes():
+            copies.delete([data.RECORD])  # before what it speaks of
             copies.clear("")
             copy_up(folder, copies, last=data.RECORD)
         self.seconds[QUERIES] = round(time.perf_counter() - started, 3)
@@ -67,14 +74,16 @@ class RouterTraining:
         """Train the router into what is staged; what was measured of it, None when the recipe wants none."""
         if self.section.kind == "none":
             return None
+        from router_training.attempt import Place
         from router_training.keeping import Kept
-        from router_training.placement import Place, train_placed
+        from router_training.placement import train_placed
         from router_training.training import Training
 
         self.reporter.start("router", 1)
         self.staged.clear("router")
         kept = None if self.shared.is_local else Kept(self.shared.under("checkpoints"))
-        training = Training(self.section, self.seed, self.prepared, kept)
+        encoder = self.inputs.encoder.files if self.inputs.encoder else {}
+        training = Training(self.section, self.seed, self.prepared, kept, encoder)
         place = Place(self.folder, self.shared, self.staged.under("router"))
         started = time.perf_counter()
         record = train_placed(training, place, self.reporter.note if self.section.kind == "bert" else _unsaid)
@@ -97,7 +106,7 @@ def _unsaid(line: str) -> None:
 
 @contextmanager
 def router_training(
-    section: RouterSection,
+    inputs: RouterInputs,
     seed: int,
     staged: Store,
     work: Store,
@@ -106,8 +115,9 @@ def router_training(
 ) -> Iterator[RouterTraining]:
     """The training of a run. ``work``: the run's unfinished work, which outlives a run that is killed."""
     shared = work.under("router")
-    if shared.is_local:
-        yield RouterTraining(section, seed, staged, shared, Path(shared.place), reporter, check)
-        return
-    with TemporaryDirectory(prefix="channel-merging-router-") as folder:
-        yield RouterTraining(section, seed, staged, shared, Path(folder), reporter, check)
+    with ExitStack() as stack:
+        if shared.is_local:
+            folder = Path(shared.place)
+        else:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="channel-merging-router-")))
+        yield RouterTraining(inputs, seed, staged, shared, folder, reporter, check)

@@ -17,7 +17,7 @@ from router_training.encoders import check_encoder
 from router_training.fitting import ENCODER, RECORD, TASK, TRAINED, fit
 from router_training.keeping import Kept
 from router_training.parts import PreparedQueries
-from router_training.processes import HERE, Processes, run_together
+from router_training.processes import run_together
 from serving.encoder import EncoderScorer, load_encoder
 from storage.atomic import canonical_json, write_atomically
 from storage.digests import digest_of
@@ -79,19 +79,20 @@ def train(
     work: Path,
     tell: Tell,
     *,
-    processes: Processes = HERE,
+    devices: int | None = None,
     kept: Kept | None = None,
 ) -> EncoderScorer:
     """A scorer of the experts, as it will be served: with the precision that is stored.
 
     ``work`` is a folder of this training's own. What was killed goes on there from its last whole checkpoint, when it is called
     with the same queries, settings and seed; anything else starts over. With ``kept`` it also goes on in another folder, on
-    another machine. ``tell`` receives a line of progress now and then.
+    another machine. ``devices``: a process for each of so many, by default of the GPUs that this process sees, or for the most
+    below that which the queries of an update can be divided among. ``tell`` receives a line of progress now and then.
 
     CheckpointError when the encoder cannot be used, RecipeError when the settings do not fit the devices, QueryDataError when
     there are no training queries, ClusterError when a process of several died.
     """
-    count = _processes(settings, processes.devices)
+    count = _processes(settings, devices)
     if settings.batch % (settings.accumulate * count):
         raise RecipeError(
             f"router.batch: {settings.batch} queries cannot be divided evenly into {settings.accumulate} passes "
@@ -113,8 +114,8 @@ def train(
     if not (work / TRAINED / RECORD).exists():
         tell(f"fetches the encoder {encoder.place}")
         encoder.link_into(work / ENCODER)
-        if count > 1 or processes.apart:
-            run_together("router_training.fitting", count, work, tell, processes.check)
+        if count > 1:
+            run_together("router_training.fitting", count, work, tell)
         else:
             fit(work, tell)
     return load_encoder(LocalStore(work / TRAINED), json.loads((work / TRAINED / RECORD).read_bytes()))

@@ -143,7 +143,8 @@ def prepare(section: QuerySection, seed: int, folder: Path, runner: Runner = on_
         "split": {"by": "question", "validation": VALIDATION_SHARE, "ambiguous": ambiguous},
     }
     shutil.rmtree(work.spill)
-    write_atomically(folder / RECORD, canonical_json({"key": key, "experts": experts, "outside": outside, "card": card}))
+    record = {"key": key, "experts": experts, "outside": outside, "card": card, "parts": _sizes(folder)}
+    write_atomically(folder / RECORD, canonical_json(record))
     return Prepared(experts, folder, counts, outside, card)
 
 
@@ -179,10 +180,15 @@ def _known(folder: Path, key: str) -> Prepared | None:
         record = json.loads((folder / RECORD).read_bytes())
     except (OSError, ValueError):
         return None
-    if not isinstance(record, dict) or record.get("key") != key:
+    if not isinstance(record, dict) or record.get("key") != key or record.get("parts") != _sizes(folder):
         return None
     card = record["card"]
     return Prepared(tuple(record["experts"]), folder, card["counts"], record["outside"], card)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every part."""
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.parquet"))}
 
 
 def _read(parts: Sequence[Part], work: _Work) -> dict[int, list[Reading]]:
@@ -191,7 +197,11 @@ def _read(parts: Sequence[Part], work: _Work) -> dict[int, list[Reading]]:
     streams = [stream for part in parts for stream in part.streams]
     files = [Path(part.spec.source) for part in parts if part.is_local]
     calls = [(stream, work.seed, work.spill, work.sizes.run_characters) for stream in streams]
-    found = work.runner(read_stream, calls, work.spill, files)
+    try:
+        found = work.runner(read_stream, calls, work.spill, files)
+    except BaseException:
+        shutil.rmtree(work.spill, ignore_errors=True)  # what is still at work ends when it writes there
+        raise
     return {part.index: [reading for reading in found if reading.stream.index == part.index] for part in parts}
 
 

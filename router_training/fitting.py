@@ -33,7 +33,7 @@ from router_training.keeping import WHOLE, Keeper, last_whole
 from router_training.processes import end_with_parent, say
 from serving.encoder import EncoderScorer, quiet, save_encoder
 from storage.atomic import canonical_json, sync, write_atomically
-from storage.errors import ChannelMergingError, CheckpointError, ClusterError, RecipeError
+from storage.errors import ChannelMergingError, CheckpointError, ClusterError, RecipeError, StoreError
 from storage.stores import open_store
 
 TASK = "task.json"
@@ -47,6 +47,8 @@ PER_EPOCH = 10
 EVALUATED = 2048
 """Validation queries that an evaluation reads: the first, which are a random sample."""
 BETAS = (0.9, 0.95)
+WAITED_S = 6 * 3600
+"""Others wait while one process copies a checkpoint. One that dies ends all at once, by ``run_together``."""
 
 Tell = Callable[[str], None]
 
@@ -91,8 +93,12 @@ class _Progress(TrainerCallback):
             checkpoint = self.folder / f"checkpoint-{state.global_step}"
             mark_whole(checkpoint)
             if self.keeper is not None:
-                best = {Path(state.best_model_checkpoint)} if state.best_model_checkpoint else set()
-                self.keeper.keep(sorted({checkpoint} | best))
+                best = state.best_model_checkpoint
+                wanted = [Path(best), checkpoint] if best and Path(best) != checkpoint else [checkpoint]
+                try:
+                    self.keeper.keep(wanted)  # the best first: the last one is of no use without it
+                except StoreError as error:
+                    self.tell(f"{error} A checkpoint was not copied; the training goes on.")
 
 
 def mark_whole(checkpoint: Path) -> None:
@@ -170,7 +176,8 @@ def arguments(task: Mapping[str, Any], work: Path, steps: int) -> TrainingArgume
         logging_strategy="steps", logging_steps=every, logging_nan_inf_filter=False,
         log_level="error", log_level_replica="error", disable_tqdm=True, report_to="none",
         seed=task["seed"] % 2**32, data_seed=task["seed"] % 2**32,
-        use_cpu=on_cpu, ddp_backend="gloo" if on_cpu and world > 1 else None, dataloader_pin_memory=not on_cpu,
+        use_cpu=on_cpu, ddp_backend="gloo" if on_cpu and world > 1 else None, ddp_timeout=WAITED_S,
+        dataloader_pin_memory=not on_cpu,
         remove_unused_columns=False, label_names=["labels"], **precision(), **evaluated,
     )  # fmt: skip
 

@@ -58,16 +58,19 @@ class Keeper:
                 copy_down(self._store.under(name), folder / name, last=WHOLE)
 
     def keep(self, checkpoints: Sequence[Path]) -> None:
-        """Have copies of these whole checkpoints, and of no others, if the last copy was made a while ago."""
+        """Have copies of these whole checkpoints, made in this order, and of no others, if the last was made a while ago."""
         if time.monotonic() - self._copied < self._every:
             return
-        earlier, wanted = self._names(), {path.name: path for path in checkpoints}
-        for name, path in wanted.items():
-            if name not in earlier:
-                copy_up(path, self._store.under(name), last=WHOLE)
-        for name in set(earlier) - wanted.keys():
-            self._store.clear(name)
-        self._copied = time.monotonic()
+        wanted = {path.name: path for path in checkpoints}
+        try:
+            earlier = self._names()
+            for name, path in wanted.items():
+                if name not in earlier:
+                    copy_up(path, self._store.under(name), last=WHOLE)
+            for name in set(earlier) - wanted.keys():
+                self._store.clear(name)
+        finally:
+            self._copied = time.monotonic()  # a store that fails is not asked at every checkpoint either
 
     def _names(self) -> list[str]:
         """Of the checkpoints that were copied to their end, the earliest first."""

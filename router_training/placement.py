@@ -7,24 +7,26 @@ up or is gone. What is written comes by a store too, lines of progress by Dask's
 
 from __future__ import annotations
 
+import json
+import pickle
 import queue
-import shutil
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from router_training.attempt import CALL, DONE, Place, carry_out
 from router_training.data import RECORD
-from router_training.processes import HERE, Processes
-from router_training.tasks import active_client, sees
-from router_training.training import Training, train_router
-from storage.errors import ClusterError
-from storage.stores import Store
-from storage.trees import copy_down, copy_up
+from router_training.processes import run_together
+from router_training.tasks import active_client
+from router_training.training import Training
+from storage.errors import ChannelMergingError, ClusterError
+from storage.files import open_local
+from storage.trees import copy_down
 
 GPU = "GPU"
 """The resource that workers with GPUs declare."""
@@ -34,21 +36,9 @@ POLL_S = 0.5
 LOOK_S = 5.0
 """How often it is asked which workers there are."""
 WAIT_S = 120.0
-"""How long a training waits while no worker with a GPU is there."""
+"""How long a training waits while no worker is there that could take it."""
 
 Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Place:
-    """What a training has on the way, and where its router goes."""
-
-    folder: Path
-    """Of this machine: prepared queries, checkpoints."""
-    shared: Store
-    """The same folder, where it lies on a disk; else its queries have been copied there."""
-    into: Store
-    """For the router's files."""
 
 
 def train_placed(training: Training, place: Place, tell: Tell) -> dict[str, Any]:
@@ -59,42 +49,45 @@ def train_placed(training: Training, place: Place, tell: Tell) -> dict[str, Any]
     """
     client = active_client() if training.section.kind == "bert" else None
     workers = _workers(client) if client is not None else {}
-    if workers and not _has_gpu():
+    if workers and not has_gpu():
         if not (blind := _blind(client, [*workers], training, place)):
             return _on_some_worker(client, training, place, tell, max(workers.values()))
         tell(f"{blind}: the router is trained in this process")
-    return _carried_out(training, place, tell, HERE)
+    return carry_out(training, place, tell)
 
 
-def _blind(client: Any, workers: list[str], training: Training, place: Place) -> str | None:
-    """What keeps these workers from reading what is read; None when they see it all."""
-    paths = [str(place.folder)] if place.shared.is_local else []
-    if Path(training.section.encoder).is_absolute():
-        paths.append(training.section.encoder)
-    answers = client.run(sees, paths, workers=workers)
-    blind = sorted(worker for worker, answer in answers.items() if not answer)
-    return f"workers with a GPU do not see {' and '.join(paths)} ({', '.join(blind[:3])})" if blind else None
-
-
-def _carried_out(training: Training, place: Place, tell: Tell, processes: Processes) -> dict[str, Any]:
-    done = place.folder / "done"
-    shutil.rmtree(done, ignore_errors=True)
-    record = train_router(training, place.folder, done, tell, processes)
-    copy_up(done, place.into)
-    return record
-
-
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
+    """Whether torch finds a GPU for this process."""
     import torch
 
     return torch.cuda.is_available()
 
 
 def _workers(client: Any) -> dict[str, int]:
-    """Address -> GPUs that it declares, of the workers with any."""
+    """Address -> GPUs that it declares, of the workers with any. One that is paused will go on."""
     workers = client.scheduler_info(n_workers=-1)["workers"]
-    running = {address: worker["resources"] for address, worker in workers.items() if worker["status"] == "running"}
-    return {address: int(declared[GPU]) for address, declared in running.items() if declared.get(GPU, 0) >= 1}
+    there = {address: worker["resources"] for address, worker in workers.items() if worker["status"] in ("running", "paused")}
+    return {address: int(declared[GPU]) for address, declared in there.items() if declared.get(GPU, 0) >= 1}
+
+
+def _blind(client: Any, workers: list[str], training: Training, place: Place) -> str | None:
+    """What keeps these workers from reading what is read; None when they see it all."""
+    folders = [str(place.folder)] if place.shared.is_local else []
+    encoder = training.section.encoder if Path(training.section.encoder).is_absolute() else None
+    answers = client.run(seen_here, folders, encoder, training.encoder, workers=workers, on_error="return")
+    blind = sorted(worker for worker, answer in answers.items() if answer is not True)  # an error says no, too
+    paths = [*folders, *([encoder] if encoder else [])]
+    return f"workers with a GPU do not see the same {' and '.join(paths)} ({', '.join(blind[:3])})" if blind else None
+
+
+def seen_here(folders: list[str], encoder: str | None, files: Mapping[str, str]) -> bool:
+    """Whether the process that is asked sees these folders, and these files, by their sha256, in the encoder's."""
+    if not all(Path(folder).is_dir() for folder in folders):
+        return False
+    try:
+        return encoder is None or open_local("router.encoder", Path(encoder)).identities(files) == dict(files)
+    except (ChannelMergingError, OSError):
+        return False
 
 
 @dataclass(frozen=True)
@@ -109,7 +102,7 @@ class _Call:
 
 
 def _in_worker(call: _Call) -> dict[str, Any]:
-    """Train on the worker that calls."""
+    """Have a process train, on the worker that calls."""
     from distributed import get_worker
 
     worker, training, place = get_worker(), call.training, call.place
@@ -120,17 +113,20 @@ def _in_worker(call: _Call) -> dict[str, Any]:
 
     def check() -> None:
         task = worker.state.tasks.get(key)
-        if task is None or task.state in ("cancelled", "resumed") or worker.status.name != "running":
+        if task is None or task.state in ("cancelled", "resumed") or worker.status.name not in ("running", "paused"):
             raise ClusterError("the training was given up")
 
     tell(f"the router is trained on worker {worker.address}")
-    with ExitStack() as stack:
+    with TemporaryDirectory(dir=worker.local_directory) as name:
+        folder = Path(name)
         if not place.shared.is_local:
-            folder = Path(stack.enter_context(TemporaryDirectory(dir=worker.local_directory)))
             copy_down(place.shared.under(QUERIES), folder / QUERIES, last=RECORD)
             training = replace(training, prepared=replace(training.prepared, folder=folder / QUERIES))
             place = replace(place, folder=folder)
-        return _carried_out(training, place, tell, Processes(call.devices, apart=True, check=check))
+        (folder / CALL).write_bytes(pickle.dumps((training, place, call.devices)))
+        run_together("router_training.attempt", 1, folder, tell, check)
+        record: dict[str, Any] = json.loads((folder / DONE).read_bytes())
+        return record
 
 
 def _on_some_worker(client: Any, training: Training, place: Place, tell: Tell, devices: int) -> dict[str, Any]:
@@ -140,14 +136,14 @@ def _on_some_worker(client: Any, training: Training, place: Place, tell: Tell, d
     call = _Call(training, place, devices, topic)
     future = client.submit(_in_worker, call, key=f"router bert-{topic}", pure=False, resources={GPU: devices})
     try:
-        return _followed(client, future, lines, tell)
+        return _followed(client, future, lines, tell, devices)
     finally:
         if client.status == "running":
             future.cancel()  # nothing where it is done
             client.unsubscribe_topic(topic)
 
 
-def _followed(client: Any, future: Any, lines: queue.SimpleQueue[str], tell: Tell) -> dict[str, Any]:
+def _followed(client: Any, future: Any, lines: queue.SimpleQueue[str], tell: Tell, devices: int) -> dict[str, Any]:
     """The task's result, once it is there."""
     from distributed import KilledWorker
 
@@ -158,13 +154,13 @@ def _followed(client: Any, future: Any, lines: queue.SimpleQueue[str], tell: Tel
         now = time.monotonic()
         if now - looked >= LOOK_S:
             looked = now
-            met = now if _workers(client) else met
+            met = now if any(count >= devices for count in _workers(client).values()) else met
         if client.status != "running" or now - met >= WAIT_S:
             break
     while not lines.empty():
         tell(lines.get())
     if not future.done() or future.cancelled():
-        lost = "the Dask scheduler is gone" if client.status != "running" else f"no worker declares a {GPU} any more"
+        lost = "the Dask scheduler is gone" if client.status != "running" else f"no worker declares {GPU}={devices} any more"
         raise ClusterError(f"the BERT router's training was lost: {lost}. Run again: it goes on from its last checkpoint.")
     try:
         result: dict[str, Any] = future.result()

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -23,22 +22,6 @@ RAISED = re.compile(r"([a-z_]\w*\.)*[A-Z]\w+: ")
 """The last line of a traceback."""
 POLL_S = 0.5
 """How often it is looked whether all are alive: others wait long for one that died."""
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The processes that train."""
-
-    devices: int | None = None
-    """At most so many; by default as many as this process sees GPUs. The queries of an update are divided among them evenly."""
-    apart: bool = False
-    """A single one is another one than this too, which can be ended at any time."""
-    check: Callable[[], None] = lambda: None
-    """Asked now and then, where there are other processes: what it raises ends them."""
-
-
-HERE = Processes()
-"""This process, or one for each GPU that it sees."""
 
 
 def run_together(

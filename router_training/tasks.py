@@ -89,7 +89,7 @@ def _sees_all(client: Any, folder: Path, files: Sequence[Path]) -> bool:
     try:
         # a file that is not there is missed by whoever reads it, and the error names it
         known = [str(path) for path in (probe, *files) if path.exists()]
-        answers = client.run(sees, known)
-        return bool(answers) and all(answers.values())
+        answers = client.run(sees, known, on_error="return")
+        return bool(answers) and all(answer is True for answer in answers.values())  # an error says no, too
     finally:
         probe.unlink()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,6 @@ from router_training.calibration import Threshold
 from router_training.data import Prepared
 from router_training.keeping import Kept
 from router_training.parts import PreparedQueries, each_part
-from router_training.processes import HERE, Processes
 from serving.choice import log_shares
 from serving.router import CONFIG, WEIGHTS, LinearScorer, Router, Scorer
 from storage.atomic import canonical_json
@@ -193,10 +192,12 @@ class Training:
     prepared: Prepared
     kept: Kept | None = None
     """For checkpoints, where ``work`` may be lost with the machine."""
+    encoder: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of the files of an encoder that lies on this machine."""
 
 
 def train_router(
-    training: Training, work: Path, folder: Path, tell: Tell = _silent, processes: Processes = HERE
+    training: Training, work: Path, folder: Path, tell: Tell = _silent, devices: int | None = None
 ) -> dict[str, Any]:
     """Train, calibrate and measure a router in this process, and write it into ``folder``; the record for the manifest.
 
@@ -204,14 +205,14 @@ def train_router(
     Errors are those of ``linear.train`` and ``bert.train``.
     """
     started = time.perf_counter()
-    scorer = _trained(training, work, tell, processes)
+    scorer = _trained(training, work, tell, devices)
     trained = time.perf_counter()
     record = finish(scorer, training.prepared, training.section, folder)
     seconds = {"train": trained - started, "measure": time.perf_counter() - trained}
     return {**record, "seconds": {name: round(spent, 3) for name, spent in seconds.items()}}
 
 
-def _trained(training: Training, work: Path, tell: Tell, processes: Processes) -> Scorer:
+def _trained(training: Training, work: Path, tell: Tell, devices: int | None) -> Scorer:
     section, prepared, seed = training.section, training.prepared, training.seed
     if section.kind == "linear":
         from router_training import linear
@@ -219,7 +220,7 @@ def _trained(training: Training, work: Path, tell: Tell, processes: Processes) -
         return linear.train(prepared, seed, tell=tell)
     from router_training import bert
 
-    return bert.train(prepared, section, seed, work / "bert", tell, processes=processes, kept=training.kept)
+    return bert.train(prepared, section, seed, work / "bert", tell, devices=devices, kept=training.kept)
 
 
 def finish(scorer: Scorer, prepared: PreparedQueries, settings: RouterSettings, folder: Path) -> dict[str, Any]:

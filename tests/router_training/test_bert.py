@@ -20,7 +20,6 @@ import torch
 from router_training import bert
 from router_training.bert import train
 from router_training.keeping import last_whole
-from router_training.processes import Processes
 from serving.encoder import load_encoder, save_encoder
 from storage.errors import CheckpointError, QueryDataError, RecipeError
 from storage.local_store import LocalStore
@@ -99,8 +98,8 @@ def test_how_an_update_is_divided_does_not_matter(source: Path, tmp_path: Path, 
     settings = Settings(str(source), batch=8, max_length=32)
     said: dict[str, list[str]] = {"whole": [], "divided": []}
     whole = train(prepared, settings, 1, tmp_path / "whole", said["whole"].append).logits(texts)
-    divided, among = replace(settings, accumulate=passes), Processes(devices)
-    found = train(prepared, divided, 1, tmp_path / "divided", said["divided"].append, processes=among).logits(texts)
+    divided = replace(settings, accumulate=passes)
+    found = train(prepared, divided, 1, tmp_path / "divided", said["divided"].append, devices=devices).logits(texts)
     assert np.ptp(whole) > 0.5
     np.testing.assert_allclose(found, whole, atol=5e-3)  # float16 rounds what differs in float32's last places apart
     losses = [np.array([float(line.rpartition(" ")[2]) for line in lines if "loss" in line]) for lines in said.values()]
@@ -242,7 +241,7 @@ def test_as_many_processes_as_gpus_that_share_an_update_evenly(
 
 def test_settings_that_cannot_be_followed_are_refused(prepared: Written, source: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"router.batch: 16 queries cannot be divided evenly into 3 passes .* multiple of 3"):
-        train(prepared, Settings(str(source), accumulate=3), 0, tmp_path, silent, processes=Processes(2))
+        train(prepared, Settings(str(source), accumulate=3), 0, tmp_path, silent, devices=2)
     with pytest.raises(QueryDataError, match=r"has no train queries"):
         train(written(tmp_path / "none", ("a", "b"), []), Settings(str(source)), 0, tmp_path, silent)
     with pytest.raises(CheckpointError, match=r"router.encoder: there is no directory"):

@@ -431,3 +431,12 @@ def test_a_source_of_bad_rows_alone_is_refused_whatever_share_may_be_bad(tmp_pat
     Path(queries.queries["a"][0].source).write_text("nonsense\n" * 30)
     with pytest.raises(QueryDataError, match="line 1: "):
         prepared(tmp_path, queries)
+
+
+def test_prepared_folders_that_lost_a_part_are_prepared_anew(tmp_path: Path) -> None:
+    queries = section(example(tmp_path))
+    folder = tmp_path / "prepared"
+    expected = contents(prepare(queries, 7, folder, here))
+    for damage in (Path.unlink, lambda path: path.write_bytes(b"PAR1")):
+        damage(next(folder.glob("validation-*.parquet")))
+        assert contents(prepare(queries, 7, folder, here)) == expected

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from router_training.bert import train
 from router_training.keeping import Keeper, Kept, last_whole
+from storage.errors import StoreError
 from storage.local_store import LocalStore
 from storage.stores import Store
 from tests.router_training.test_bert import TEXTS, noisy, silent, source, validation_of
@@ -55,6 +58,7 @@ def test_a_training_goes_on_in_another_folder(source: Path, tmp_path: Path, outp
         train(prepared, settings, 3, tmp_path / "first", lost_at(3 * steps, []), kept=kept)
     (training,) = kept.store.children()
     assert len(kept.store.under(training).children()) == (2 if early_stop else 1)
+    shutil.rmtree(tmp_path / "first")
     said: list[str] = []
     found = train(prepared, settings, 3, tmp_path / "second", said.append, kept=kept)
     whole = train(prepared, settings, 3, tmp_path / "whole", silent)
@@ -93,6 +97,44 @@ def test_copies_are_made_now_and_then(tmp_path: Path, monkeypatch: pytest.Monkey
         now[0] = seconds
         keeper.keep([checkpoint(tmp_path / "work", number)])
         assert store.children() == ([] if expected is None else [f"checkpoint-{expected}"])
+
+
+def test_the_best_is_copied_before_what_refers_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order of their numbers, which is not that of their names; what fails in between leaves no orphan."""
+    store, copied = LocalStore(tmp_path / "store"), []
+    own = LocalStore.upload
+
+    def upload(to: LocalStore, key: str, *pieces: Any, **size: Any) -> None:
+        copied.append(f"{to.path.name}/{key}")
+        if len(copied) == 3:
+            raise StoreError("the store answers 503")
+        own(to, key, *pieces, **size)
+
+    monkeypatch.setattr(LocalStore, "upload", upload)
+    checkpoints = [checkpoint(tmp_path / "work", number) for number in (90, 100)]
+    with pytest.raises(StoreError):
+        Keeper(store, 0.0).keep(checkpoints)
+    assert copied[:2] == ["checkpoint-90/model.safetensors", "checkpoint-90/whole.json"]
+    Keeper(store, 0.0).restore(tmp_path / "again")
+    assert [path.name for path in (tmp_path / "again").iterdir()] == ["checkpoint-90"]
+
+
+def test_a_store_that_fails_does_not_end_a_training(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = iter(range(3))
+    own = Keeper.keep
+
+    def keep(keeper: Keeper, checkpoints: Any) -> None:
+        if next(failures, None) is not None:
+            raise StoreError("the store answers 503.")
+        own(keeper, checkpoints)
+
+    monkeypatch.setattr(Keeper, "keep", keep)
+    prepared = write_queries(tmp_path / "queries", {name: texts[:100] for name, texts in TEXTS.items()})
+    kept = Kept(LocalStore(tmp_path / "store"), every=0.0)
+    said: list[str] = []
+    train(prepared, Settings(str(source)), 3, tmp_path / "work", said.append, kept=kept)
+    assert said.count("the store answers 503. A checkpoint was not copied; the training goes on.") == 3
+    assert list((tmp_path / "store").rglob("whole.json"))
 
 
 def test_what_was_copied_in_part_is_not_gone_on_from(tmp_path: Path) -> None:

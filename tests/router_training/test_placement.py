@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -22,9 +23,10 @@ import pytest
 from distributed import Client
 
 from router_training import placement
+from router_training.attempt import Place
 from router_training.data import RECORD, prepare
 from router_training.keeping import Kept
-from router_training.placement import Place, train_placed
+from router_training.placement import seen_here, train_placed
 from router_training.training import Training, train_router
 from serving.encoder import load_encoder
 from storage.errors import ClusterError, RecipeError
@@ -64,7 +66,7 @@ class Cluster:
         """Processes that workers have started to train in."""
         pids = list(self.client.run(os.getpid).values())
         started = [child for pid in pids for child in psutil.Process(pid).children()]
-        return [process for process in started if "router_training.fitting" in process.cmdline()]
+        return [process for process in started if "router_training.attempt" in process.cmdline()]
 
 
 @pytest.fixture
@@ -163,10 +165,12 @@ def test_a_task_that_kills_its_workers_is_given_up(
     cluster = request.getfixturevalue("cluster")
     cluster.worker("--nthreads", "1", "--resources", "GPU=1")
 
+    killed: list[int] = []
+
     def tell(line: str) -> None:
-        if line.startswith("update "):
-            for pid in cluster.client.run(os.getpid).values():
-                os.kill(pid, signal.SIGKILL)
+        if line.startswith("update ") and not killed:
+            killed.extend(cluster.client.run(os.getpid).values())
+            os.kill(killed[0], signal.SIGKILL)
 
     asked = longer(task)
     with pytest.raises(
@@ -181,21 +185,23 @@ def test_workers_that_are_gone_are_not_waited_for_for_ever(
 ) -> None:
     monkeypatch.setattr(placement, "WAIT_S", 2.0)
     monkeypatch.setattr(placement, "LOOK_S", 0.2)
-    worker = cluster.worker("--nthreads", "1", "--resources", "GPU=1")
+    worker = cluster.worker("--nthreads", "1", "--resources", "GPU=2")
+    cluster.worker("--nthreads", "1", "--resources", "GPU=1")  # too few for what was begun
 
     def tell(line: str) -> None:
         if line.startswith("update ") and worker.poll() is None:
             dask_processes.end(worker)
 
     asked = longer(task)
-    with pytest.raises(ClusterError, match=r"training was lost: no worker declares a GPU any more. Run again: it goes on from"):
+    with pytest.raises(ClusterError, match=r"training was lost: no worker declares GPU=2 any more. Run again: it goes on from"):
         train_placed(asked.training, asked.place, tell)
 
 
 SCRIPT = """
-import pickle, sys
+import pickle, signal, sys
 from pathlib import Path
 from distributed import Client
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 from router_training.placement import train_placed
 address, training, place = pickle.loads(Path(sys.argv[1]).read_bytes())
 with Client(address):
@@ -222,15 +228,29 @@ def test_a_training_ends_with_who_wanted_it(cluster: Cluster, task: Task, tmp_pa
 
 
 @pytest.mark.parametrize("output", ["local"], indirect=True)
-def test_workers_that_do_not_see_what_is_read_train_nothing(cluster: Cluster, task: Task, tmp_path: Path) -> None:
-    """A folder that is not on their disks; here, because it is not there yet."""
+def test_workers_that_do_not_see_what_is_read_train_nothing(cluster: Cluster, task: Task) -> None:
+    """Another encoder lies on their disks; here, it is another than was identified."""
     cluster.worker("--nthreads", "1", "--resources", "GPU=1")
     said: list[str] = []
-    place = replace(task.place, folder=tmp_path / "unseen")
-    assert train_placed(task.training, place, said.append)["accuracy"] > 0.8
-    assert said[0].startswith(f"workers with a GPU do not see {place.folder} and {task.training.section.encoder} (tcp://")
+    encoder = task.training.section.encoder
+    other = replace(task.training, encoder={"config.json": "0" * 64})
+    assert train_placed(other, task.place, said.append)["accuracy"] > 0.8
+    assert said[0].startswith(f"workers with a GPU do not see the same {task.place.folder} and {encoder} (tcp://")
     assert said[0].endswith("): the router is trained in this process")
-    shutil.rmtree(place.folder)
+
+
+def test_what_a_process_sees(tmp_path: Path) -> None:
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    (encoder / "config.json").write_text("{}")
+    files = {"config.json": hashlib.sha256(b"{}").hexdigest()}
+    assert seen_here([str(tmp_path)], str(encoder), files)
+    assert seen_here([], None, {})
+    assert not seen_here([str(tmp_path / "none")], None, {})
+    assert not seen_here([], str(encoder), {**files, "model.safetensors": "0" * 64})
+    assert not seen_here([], str(tmp_path / "none"), files)
+    (encoder / "config.json").write_text("{ }")
+    assert not seen_here([], str(encoder), files)
 
 
 @pytest.mark.parametrize("output", ["local"], indirect=True)
@@ -246,6 +266,7 @@ def test_how_many_gpus_workers_declare() -> None:
         "a": {"status": "running", "resources": {"GPU": 1.0, "MEMORY": 5.0}},
         "b": {"status": "running", "resources": {}},
         "c": {"status": "closing", "resources": {"GPU": 4.0}},
+        "f": {"status": "paused", "resources": {"GPU": 3.0}},
         "d": {"status": "running", "resources": {"GPU": 2.0}},
         "e": {"status": "running", "resources": {"GPU": 0.5}},
     }
@@ -255,4 +276,4 @@ def test_how_many_gpus_workers_declare() -> None:
             assert n_workers == -1
             return {"workers": workers}
 
-    assert placement._workers(Known()) == {"a": 1, "d": 2}
+    assert placement._workers(Known()) == {"a": 1, "d": 2, "f": 3}
