@@ -29,7 +29,7 @@ class Place:
     folder: Path
     """Of this machine: prepared queries, checkpoints."""
     shared: Store
-    """The same folder, where it lies on a disk; else its queries have been copied there."""
+    """The same folder, where it lies on a disk; else the queries' folder has been copied there, under its name."""
     into: Store
     """For the router's files."""
 

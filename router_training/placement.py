@@ -30,8 +30,6 @@ from storage.trees import copy_down
 
 GPU = "GPU"
 """The resource that workers with GPUs declare."""
-QUERIES = "queries"
-"""Prepared queries, below a training's folder and its place."""
 POLL_S = 0.5
 LOOK_S = 5.0
 """How often it is asked which workers there are."""
@@ -120,8 +118,9 @@ def _in_worker(call: _Call) -> dict[str, Any]:
     with TemporaryDirectory(dir=worker.local_directory) as name:
         folder = Path(name)
         if not place.shared.is_local:
-            copy_down(place.shared.under(QUERIES), folder / QUERIES, last=RECORD)
-            training = replace(training, prepared=replace(training.prepared, folder=folder / QUERIES))
+            queries = folder / training.prepared.folder.name
+            copy_down(place.shared.under(queries.name), queries, last=RECORD)
+            training = replace(training, prepared=replace(training.prepared, folder=queries))
             place = replace(place, folder=folder)
         (folder / CALL).write_bytes(pickle.dumps((training, place, call.devices)))
         run_together("router_training.attempt", 1, folder, tell, check)
