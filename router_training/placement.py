@@ -101,7 +101,7 @@ class _Call:
 
 def _in_worker(call: _Call) -> dict[str, Any]:
     """Have a process train, on the worker that calls."""
-    from distributed import get_worker
+    from distributed import Reschedule, get_worker
 
     worker, training, place = get_worker(), call.training, call.place
     key = worker.get_current_task()
@@ -111,8 +111,10 @@ def _in_worker(call: _Call) -> dict[str, Any]:
 
     def check() -> None:
         task = worker.state.tasks.get(key)
-        if task is None or task.state in ("cancelled", "resumed") or worker.status.name not in ("running", "paused"):
+        if task is None or task.state in ("cancelled", "resumed"):
             raise ClusterError("the training was given up")
+        if worker.status.name not in ("running", "paused"):
+            raise Reschedule  # to another worker
 
     tell(f"the router is trained on worker {worker.address}")
     with TemporaryDirectory(dir=worker.local_directory) as name:

@@ -133,28 +133,52 @@ def test_a_worker_with_a_gpu_trains_and_writes_the_router(cluster: Cluster, task
     np.testing.assert_allclose(found, expected, atol=0.05)
 
 
-def test_another_worker_goes_on_where_one_died(cluster: Cluster, task: Task) -> None:
-    """A nanny starts the next worker; the queries and checkpoints of a store are not on its disk."""
-    cluster.worker("--nthreads", "1", "--resources", "GPU=1")
+def interrupted(cluster: Cluster, task: Task, interrupt: Callable[[str], None]) -> tuple[list[str], psutil.Process]:
+    """Lines of a training whose worker is interrupted once, when there is a checkpoint, and the process that it had."""
     said: list[str] = []
-    killed: list[psutil.Process] = []
+    found: list[psutil.Process] = []
 
     def tell(line: str) -> None:
         said.append(line)
-        if not killed and checkpoints(task):
-            killed.extend(cluster.trainers())
-            (pid,) = cluster.client.run(os.getpid).values()
-            os.kill(pid, signal.SIGKILL)
+        if not found and checkpoints(task):
+            found.extend(cluster.trainers())
+            interrupt(said[0].removeprefix("the router is trained on worker "))
 
     asked = longer(task)
-    record = train_placed(asked.training, asked.place, tell)
-    assert len(killed) == 1
-    until(lambda: not killed[0].is_running())  # though it alone was not killed
+    assert train_placed(asked.training, asked.place, tell)["accuracy"] > 0.8
+    assert "router.safetensors" in task.place.into.sizes()
+    assert len(found) == 1
+    return said, found[0]
+
+
+def test_another_worker_goes_on_where_one_died(cluster: Cluster, task: Task) -> None:
+    """A nanny starts the next worker; the queries and checkpoints of a store are not on its disk."""
+    cluster.worker("--nthreads", "1", "--resources", "GPU=1")
+
+    def kill(worker: str) -> None:
+        os.kill(cluster.client.run(os.getpid)[worker], signal.SIGKILL)
+
+    said, process = interrupted(cluster, task, kill)
+    until(lambda: not process.is_running())  # though it alone was not killed
     assert sum(line.startswith(ON_WORKER) for line in said) == 2
     (went_on,) = [line for line in said if line.startswith("goes on from update ")]
     assert int(went_on.rpartition(" ")[2]) > 0
-    assert record["accuracy"] > 0.8
-    assert "router.safetensors" in task.place.into.sizes()
+
+
+@pytest.mark.parametrize("output", ["local"], indirect=True)
+def test_another_worker_goes_on_where_one_is_retired(cluster: Cluster, task: Task) -> None:
+    """As a cluster does that grows smaller."""
+    for _ in range(2):
+        cluster.worker("--nthreads", "1", "--resources", "GPU=1")
+
+    def retire(worker: str) -> None:
+        cluster.client.retire_workers([worker], close_workers=True)
+
+    said, process = interrupted(cluster, task, retire)
+    until(lambda: not process.is_running())
+    first, second = (line for line in said if line.startswith(ON_WORKER))
+    assert first != second
+    assert [line for line in said if line.startswith("goes on from update ")]
 
 
 @pytest.mark.parametrize("output", ["local"], indirect=True)
