@@ -113,17 +113,21 @@ def retrain(recipe: Recipe, version: str | None, reporter: Reporter, conductor: 
     made_from = conductor.step("resolve", lambda: _check(recipe, found, output))
     recipe = recipe.model_copy(update={"router": made_from.section})
     inputs = _inputs(recipe, old, made_from)
+    place = f"{WORK}/{inputs[:40]}"
+    record = job_record(recipe.name, output, str(old.base["id"]), (expert.id for expert in old.experts.values()))
     if (known := find_by_inputs(output, inputs)) is not None:
         make_latest(output, known.version)
-        return Outcome(known.version, output.under(known.version).place, new=False, manifest=known)
+        is_left = False
+        if output.children(place):  # its run is at its end, or died there before it could say what it had published
+            with holding(output, place, record, reporter) as is_left:
+                pass
+        return Outcome(known.version, output.under(known.version).place, new=is_left, manifest=known)
     if not is_published(output, old.version):
         raise ArtifactError(
             f"{found.place} is damaged, and a new version would share its files. Run its recipe again, which makes it anew, "
             "then train the router."
         )
-    place = f"{WORK}/{inputs[:40]}"
     staged = f"{place}/staged"
-    record = job_record(recipe.name, output, str(old.base["id"]), (expert.id for expert in old.experts.values()))
     with holding(output, place, record, reporter):
         for name in _kept(old):
             output.share(f"{old.version}/{name}", f"{staged}/{name}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,7 +44,7 @@ class Outcome:
     place: str
     """Where the version lies: a path or a URL."""
     new: bool
-    """False when the version, or one of the same inputs, was there already."""
+    """False when the version, or one of the same inputs, was there already, and the run that made it has said so."""
     manifest: Manifest
 
     @property
@@ -101,14 +101,18 @@ def job_record(name: str, output: Store, base: str, experts: Iterable[str]) -> b
 
 
 @contextmanager
-def holding(output: Store, place: str, record: bytes, reporter: Reporter) -> Iterator[None]:
-    """A place for unfinished work, this run's alone; kept when the run fails, as the next one goes on from there."""
+def holding(output: Store, place: str, record: bytes, reporter: Reporter) -> Iterator[bool]:
+    """A place for unfinished work, this run's alone; kept when the run fails, as the next one goes on from there.
+
+    Whether an earlier run has left something there.
+    """
     work = output.under(place)
     waiting = Waiting(reporter, f"waiting for another run of the same inputs that writes {work.place}")
     with output.lock(place, waiting):
+        is_left = bool(work.children())
         work.put(JOB, record)
         try:
-            yield
+            yield is_left
         except ChannelMergingError as error:
             if is_wrong_input(error):  # these inputs will not be run again
                 work.clear("")
@@ -117,12 +121,12 @@ def holding(output: Store, place: str, record: bytes, reporter: Reporter) -> Ite
 
 
 @contextmanager
-def workplace(job: Job, reporter: Reporter) -> Iterator[None]:
-    """The job's place for unfinished work."""
+def workplace(job: Job, reporter: Reporter) -> Iterator[bool]:
+    """The job's place for unfinished work, and whether an earlier run has left some."""
     record = job_record(job.recipe.name, job.output, job.base.id, (source.id for source in job.experts.values()))
-    with holding(job.output, job.place_of_work, record, reporter):
+    with holding(job.output, job.place_of_work, record, reporter) as is_left:
         job.deltas.put(run_record(job.base.id, job.inputs), record)
-        yield
+        yield is_left
 
 
 def prepare(recipe: Recipe) -> Job:
@@ -252,11 +256,11 @@ def run_recipe(recipe: Recipe, reporter: Reporter, conductor: Conductor | None =
     reporter.done("resolve")
     for note in job.plan.notes:
         reporter.note(note)
-    if found := unchanged(job):
+    if (found := unchanged(job)) and not job.work.children():
         return found
-    with workplace(job, reporter):
-        if found := unchanged(job):  # by a run that this one has waited for
-            return found
+    with workplace(job, reporter) as is_left:
+        if found := unchanged(job):  # by a run that this one has waited for, or by one that died before it could say so
+            return replace(found, new=is_left)
         conductor.step("plan", lambda: _plan(job, conductor))
         with conductor.cluster():
             return _made(job, reporter, conductor)

@@ -2,13 +2,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
+import flows.retrain
+import flows.run
+from flows.retrain import retrain
 from flows.run import Outcome
+from pipeline.engine import Silent
+from pipeline.recipe import load_recipe
+from storage import publishing
 from storage.artifact import Artifact
 from storage.errors import OutputExistsError
 from storage.layout import LATEST, MANIFEST
+from storage.stores import Store
 from tests.pipeline.test_invariants import router_of
 from tests.support.running import command, merged
 from tests.support.tiny_experts import Family
@@ -101,3 +109,41 @@ def test_an_earlier_version_becomes_the_latest_again(family: Family, tmp_path: P
     assert damaged.returncode == 2
     assert "is not whole. Choose another version: experts/math/config.json" in damaged.stderr
     assert Artifact(output).manifest.version == first
+
+
+class DeathError(Exception):
+    """What ends a run."""
+
+
+def test_a_run_that_died_before_it_could_say_so_is_spoken_for(
+    family: Family, output: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it had published is new to the next run, and to that alone; so it is with a new router."""
+    recipe = family.recipe(router=router_of(family), output=output.place)
+
+    def die(*_: object, **__: object) -> NoReturn:
+        raise DeathError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flows.run, "_outcome", die)
+        with pytest.raises(DeathError):
+            merged(recipe)
+    assert len(output.children(".work")) == 2  # the version's, and what is unfinished
+    found = [merged(recipe) for _ in range(2)]
+    assert [one.new for one in found] == [True, False]
+    assert {one.version for one in found} == {Artifact(output.place).manifest.version}
+    assert len(output.children(".work")) == 1
+    other, own = load_recipe(recipe, {"router.total": 200}), publishing.publish
+
+    def publish(*arguments: Any) -> NoReturn:
+        own(*arguments)
+        raise DeathError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flows.retrain, "publish", publish)
+        with pytest.raises(DeathError):
+            retrain(other, found[0].version, Silent())
+    anew = [retrain(other, found[0].version, Silent()) for _ in range(2)]
+    assert [one.new for one in anew] == [True, False]
+    assert {one.version for one in anew} == {Artifact(output.place).manifest.version} != {found[0].version}
+    assert [name for name in output.children(".work") if not name.endswith(".version")] == []
