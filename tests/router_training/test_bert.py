@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,30 +22,11 @@ from router_training.keeping import last_whole
 from serving.encoder import load_encoder, save_encoder
 from storage.errors import CheckpointError, QueryDataError, RecipeError
 from storage.local_store import LocalStore
-from tests.support.encoders import Settings, domain_texts, write_encoder, write_queries
+from tests.support.encoders import Settings, domain_texts, write_queries
 from tests.support.prepared import Written, written
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = domain_texts(220)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """More threads are no faster with tensors this small, and wait for each other where other work goes on."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An encoder without dropout, so that trainings can be compared."""
-    folder = write_encoder(tmp_path_factory.mktemp("encoder"), [text for texts in TEXTS.values() for text in texts])
-    settings = json.loads((folder / "config.json").read_bytes())
-    settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (folder / "config.json").write_text(json.dumps(settings))
-    return folder
 
 
 @pytest.fixture(scope="module")

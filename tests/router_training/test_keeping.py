@@ -17,11 +17,11 @@ from router_training.keeping import Keeper, Kept, last_whole
 from storage.errors import StoreError
 from storage.local_store import LocalStore
 from storage.stores import Store
-from tests.router_training.test_bert import TEXTS, noisy, silent, source, validation_of
+from tests.router_training.test_bert import TEXTS, noisy, silent, validation_of
 from tests.support.encoders import Settings, write_queries
 from tests.support.prepared import Written
 
-__all__ = ["source"]  # a fixture
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class LostError(Exception):

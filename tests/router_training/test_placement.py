@@ -37,6 +37,7 @@ from tests.router_training.test_training import KINDS, BertSection, section, tex
 from tests.support import dask_processes
 from tests.support.encoders import write_encoder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ON_WORKER = "the router is trained on worker tcp://"
 
 
@@ -70,8 +71,7 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
     folder = tmp_path / "worker"
     folder.mkdir()
     with dask_processes.scheduler() as (address, _), Client(address) as client, ExitStack() as workers:
