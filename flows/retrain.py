@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from flows.run import Conductor, Outcome, check_queries, holding, job_record
+from flows.run import Conductor, Outcome, check_queries, holding, is_unfinished, job_record
 from flows.training import router_training
 from pipeline.engine import Reporter, Waiting
 from pipeline.job import package_versions
@@ -118,7 +118,7 @@ def retrain(recipe: Recipe, version: str | None, reporter: Reporter, conductor: 
     if (known := find_by_inputs(output, inputs)) is not None:
         make_latest(output, known.version)
         is_left = False
-        if output.children(place):  # its run is at its end, or died there before it could say what it had published
+        if is_unfinished(output.under(place)):  # its run is at its end, or died there before it could say what it had published
             with holding(output, place, record, reporter) as is_left:
                 pass
         return Outcome(known.version, output.under(known.version).place, new=is_left, manifest=known)

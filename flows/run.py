@@ -100,6 +100,11 @@ def job_record(name: str, output: Store, base: str, experts: Iterable[str]) -> b
     )
 
 
+def is_unfinished(work: Store) -> bool:
+    """Whether a run works there, or died there. By a file: object stores may list folders that are empty."""
+    return work.tagged(JOB) is not None
+
+
 @contextmanager
 def holding(output: Store, place: str, record: bytes, reporter: Reporter) -> Iterator[bool]:
     """A place for unfinished work, this run's alone; kept when the run fails, as the next one goes on from there.
@@ -109,7 +114,7 @@ def holding(output: Store, place: str, record: bytes, reporter: Reporter) -> Ite
     work = output.under(place)
     waiting = Waiting(reporter, f"waiting for another run of the same inputs that writes {work.place}")
     with output.lock(place, waiting):
-        is_left = bool(work.children())
+        is_left = is_unfinished(work)
         work.put(JOB, record)
         try:
             yield is_left
@@ -256,7 +261,7 @@ def run_recipe(recipe: Recipe, reporter: Reporter, conductor: Conductor | None =
     reporter.done("resolve")
     for note in job.plan.notes:
         reporter.note(note)
-    if (found := unchanged(job)) and not job.work.children():
+    if (found := unchanged(job)) and not is_unfinished(job.work):
         return found
     with workplace(job, reporter) as is_left:
         if found := unchanged(job):  # by a run that this one has waited for, or by one that died before it could say so
